@@ -1,0 +1,663 @@
+"""Every setting of a run: what it means, its unit, why its default is what it is, and which settings contradict.
+
+A config is one YAML file with the sections below, then `section.key=value` overrides. Nothing is accepted and
+ignored: an unknown key is an error that names the nearest one. Zero means "derive it" where the docstring says so;
+`Config.resolved_*` properties hold the derivations.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import textwrap
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from titans_pretrain.errors import UserError
+
+TITANS_VARIANTS = ("mac", "mag", "mal", "lmm")
+BASELINE_VARIANTS = ("transformer", "sliding_window")
+VARIANTS = TITANS_VARIANTS + BASELINE_VARIANTS
+
+
+def one_of(default: str, *choices: str) -> Any:
+    """A string field that accepts only `choices`."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: shape, attention, and the neural memory (method.md sections 1 to 3)."""
+
+    variant: str = one_of("mag", *VARIANTS)
+    """Architecture: memory as context (mac), as gate (mag), as layer (mal), alone (lmm), or a baseline: full causal
+    attention (transformer, Llama-like) or attention over a window (sliding_window). Default mag: the steadiest
+    hybrid in the paper's tables."""
+    num_layers: int = 12
+    """Blocks. Default: the paper's 170M model."""
+    dim: int = 768
+    """Width of the residual stream, channels. Default: the paper's 170M model."""
+    num_heads: int = 16
+    """Attention heads; head_dim = dim / num_heads. Default: the paper's 170M model."""
+    hidden_dim: int = 0
+    """Inner width of the SwiGLU feed-forward, channels. 0: 8/3 * dim rounded up to a multiple of 64, which costs what a
+    4 * dim two-matrix feed-forward costs (Llama)."""
+    vocab_size: int = 0
+    """Rows of the embedding. 0: the tokenizer's size, read from the data manifest."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head. Default false as in Llama; true saves parameters in small models."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside every RMS norm. Default: Llama's."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies. Default: Llama's."""
+    window: int = 2048
+    """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window). Default: the paper's."""
+    segment_len: int = 512
+    """Tokens per MAC segment, the unit of its attention. Default: the paper's."""
+    retrieve_every: int = 1
+    """MAC keeps every n-th retrieved memory token as attention context. Default 1: all; the paper's appendix keeps
+    256 of 512, which is 2."""
+    num_persistent: int = 128
+    """Learned tokens per block that do not depend on the input. Default: the paper's."""
+    gate_activation: str = one_of("sigmoid", "sigmoid", "silu", "tanh")
+    """MAG: nonlinearity on the memory branch before it multiplies the attention branch. Default sigmoid: bounded, it
+    cannot blow up the residual stream."""
+    mal_residual: bool = True
+    """MAL: give the memory sublayer a residual of its own before attention reads it. Default true: a stacked layer of a
+    pre-norm network; false is the bare composition attention(memory(x))."""
+    memory_heads: int = 0
+    """Heads of the memory; its head_dim = dim / memory_heads. 0: num_heads."""
+    memory_depth: int = 2
+    """Weight matrices in each head's memory network, 1 (linear) to 4. Default: the paper's."""
+    memory_expansion: float = 4.0
+    """Hidden width of the memory network over head_dim; unused at depth 1. Default: the paper's."""
+    memory_activation: str = one_of("gelu", "gelu", "silu")
+    """Nonlinearity inside the memory network. Default: the paper's."""
+    memory_residual_norm: bool = True
+    """Memory computes k + LayerNorm(network(k)) rather than network(k). Default: the paper's appendix."""
+    memory_chunk: int = 64
+    """Tokens whose inner gradients are taken at the same weights. Part of the model, not a speed knob: a model trained
+    at one value does badly at another. Default 64 trains 2.6 times faster than the paper's 16 (published)."""
+    memory_momentum: bool = True
+    """Carry past surprise into the update (eta). Default: the paper's."""
+    memory_forgetting: bool = True
+    """Let the memory forget (alpha). Default: the paper's."""
+    memory_forget_toward: str = one_of("init", "init", "zero")
+    """What forgetting decays to: the learned initial weights or zero. The paper's text is zero, which fails beyond the
+    training length in our trials (method.md 1b); default init holds at 8 times the length."""
+    memory_per_layer_gates: bool = True
+    """One set of gates (theta, eta, alpha) for each matrix of the memory network rather than one shared. Default true:
+    the paper finds it necessary for depth to help."""
+    memory_theta_max: float = 0.0
+    """Largest inner learning rate. 0: 1 / head_dim, which trained stably where 0.1 did not (method.md 1b)."""
+    memory_theta_scaling: str = one_of("momentum", "momentum", "none")
+    """Multiply theta by (1 - eta) so that momentum does not change the total step of a token. Default momentum: without
+    it the effective step grows as 1 / (1 - eta)."""
+    memory_theta_bias: float = 0.0
+    """Initial bias of theta's gate, a logit. Default 0: half of memory_theta_max."""
+    memory_eta_bias: float = 0.0
+    """Initial bias of eta's gate, a logit. Default 0: momentum 0.5."""
+    memory_alpha_bias: float = -6.0
+    """Initial bias of alpha's gate, a logit. Default -6: 0.25 % forgotten per token; faster forgetting is chaotic with
+    the inner layer norm (method.md 1)."""
+    conv_kernel: int = 4
+    """Taps of the causal depthwise convolution on the memory's q, k, v. 1: no convolution. Default: the paper's family
+    (Mamba, Gated DeltaNet)."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def resolved_hidden_dim(self) -> int:
+        return self.hidden_dim or 64 * math.ceil(8 * self.dim / 3 / 64)
+
+    @property
+    def resolved_memory_heads(self) -> int:
+        return self.memory_heads or self.num_heads
+
+    @property
+    def memory_head_dim(self) -> int:
+        return self.dim // self.resolved_memory_heads
+
+    @property
+    def memory_hidden_dim(self) -> int:
+        return int(self.memory_expansion * self.memory_head_dim)
+
+    @property
+    def resolved_theta_max(self) -> float:
+        return self.memory_theta_max or 1.0 / self.memory_head_dim
+
+    @property
+    def has_memory(self) -> bool:
+        return self.variant in TITANS_VARIANTS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The token stream (data.md)."""
+
+    path: str = ""
+    """Directory written by tokenizer/build_shards.py (index.json and shards). Required."""
+    seq_len: int = 4096
+    """Tokens a sequence predicts. Default: the paper's training length."""
+    batch_tokens: int = 524288
+    """Tokens per optimizer step over all ranks. Default: the paper's half a million."""
+    micro_batch: int = 0
+    """Sequences per rank and forward pass; the rest of the batch is gradient accumulation. 0: the rank's whole share
+    at once."""
+    prefetch: int = 2
+    """Optimizer steps the reader thread works ahead. Default 2: hides one slow read."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and gradient clipping."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate. Default: the paper's 170M model."""
+    beta1: float = 0.9
+    """AdamW first-moment decay. Default: the paper's."""
+    beta2: float = 0.95
+    """AdamW second-moment decay. Default: the paper's."""
+    eps: float = 1e-8
+    """AdamW denominator term. Default: torch's."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on the matrices of linear layers and the embedding; never on norms, biases, gates,
+    convolutions, persistent tokens or the memory's initial weights. Default: the paper's."""
+    clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping. Default: the paper's."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of training and learning rate, as functions of tokens."""
+
+    tokens: int = 15_000_000_000
+    """Tokens to train on. Default: the paper's for 170M to 400M."""
+    kind: str = one_of("cosine", "cosine", "wsd")
+    """After warm-up: cosine to the end, or warm-up-stable-decay (flat, then linear). Default: the paper's."""
+    warmup_fraction: float = 0.01
+    """Share of `tokens` over which the rate rises linearly from 0. Default: 1 %, the recipe the paper follows."""
+    decay_fraction: float = 0.2
+    """wsd: share of `tokens` at the end over which the rate falls linearly. Default: common practice for WSD."""
+    final_fraction: float = 0.1
+    """Learning rate at the end over its peak. Default: a tenth, the recipe the paper follows."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks divide the work."""
+
+    data: int = 0
+    """Data-parallel ranks. 0: all of them; any other value must equal the number of processes."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Precision, memory savings, and DeepSpeed (engine.md)."""
+
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters. Default 1: shards
+    the largest state at no extra communication."""
+    precision: str = one_of("bf16", "bf16", "fp32")
+    """Compute dtype. bf16 keeps fp32 master weights, gradient accumulation, memory state and gates. Default: what GPUs
+    are fast at."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more compute."""
+    loss_chunk: int = 2048
+    """Tokens whose logits exist at one time in the cross entropy. Default: 250 MB of fp32 logits at a 32K
+    vocabulary."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed keys merged last, for the expert. A key that this stack sets itself is an error."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving (engine.md)."""
+
+    interval: int = 1000
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_last: int = 2
+    """Complete checkpoints kept; older ones are deleted after a newer one is whole. 0: all. Default 2: one to spare if
+    the newest is damaged on disk."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Console, metrics.jsonl and TensorBoard."""
+
+    interval: int = 10
+    """Steps between console lines; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to the run's tensorboard folder."""
+    peak_tflops: float = 0.0
+    """The device's peak TFLOP/s that MFU divides by. 0: the data sheet's value for a known GPU, else a matrix product
+    measured at start."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation loss during training."""
+
+    interval: int = 500
+    """Steps between evaluations; the first and last step are always evaluated. 0: only those."""
+    tokens: int = 1_048_576
+    """Validation tokens per evaluation, rounded down to whole sequences and to what the split holds."""
+    length_multiples: tuple[int, ...] = (1,)
+    """Sequence lengths to evaluate at, as multiples of data.seq_len, the memory state carried over the whole length.
+    Each adds a pass; multiples above 1 are logged as valid_loss_xN."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    name: str = "run"
+    """Folder of the run under `dir`."""
+    dir: str = "runs"
+    """Parent folder of runs."""
+    seed: int = 0
+    """Initial weights and data order are pure functions of it."""
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint in the run folder, or start anew; never: refuse to start where
+    the run folder holds checkpoints; or the path of one checkpoint folder to continue from."""
+    stop_after: int = 0
+    """Stop, saving, after this many steps of this process (a planned interruption; the schedule is unchanged). 0: run
+    to the end."""
+    device: str = one_of("auto", "auto", "cpu", "cuda")
+    """auto: CUDA where there is one, else CPU."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole configuration."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step over all ranks."""
+        return self.data.batch_tokens // self.data.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run (the last one may overshoot schedule.tokens by part of a batch)."""
+        return math.ceil(self.schedule.tokens / self.data.batch_tokens)
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: all defaults), apply `section.key=value` overrides, check keys, types and cross-field rules.
+
+    Raises:
+        UserError: missing file, unknown section or key (with the nearest name), wrong type, contradiction.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read config {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read config {path}: it is not UTF-8 text") from error
+        try:
+            loaded = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        loaded = {} if loaded is None else loaded
+        if not isinstance(loaded, dict):
+            raise UserError(f"config {path} must hold sections ({', '.join(section_names())}), not a {_kind(loaded)}")
+        for section, values in loaded.items():
+            _known(str(section), section_names(), f"section in {path}")
+            if values is not None and not isinstance(values, dict):
+                raise UserError(f"config {path}: section {section} must hold keys, not a {_kind(values)}")
+            tree[section] = dict(values or {})
+    for override in overrides:
+        section, key, value = _split_override(override)
+        tree.setdefault(section, {})[key] = value
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Build and check a `Config` from nested mappings, as stored in run folders, checkpoints and exports."""
+    sections: dict[str, Any] = {}
+    for section, values in tree.items():
+        _known(section, section_names(), "section")
+        cls = _section_class(section)
+        types = typing.get_type_hints(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        arguments = {}
+        for key, value in values.items():
+            _known(str(key), names, f"key in section {section}", prefix=f"{section}.")
+            arguments[key] = _convert(value, types[key], f"{section}.{key}")
+        sections[section] = cls(**arguments)
+    config = Config(**sections)
+    check(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Nested plain mappings, ready for YAML or JSON; `config_from_dict` is its inverse."""
+    tree = dataclasses.asdict(config)
+    for values in tree.values():
+        for key, value in values.items():
+            if isinstance(value, tuple):
+                values[key] = list(value)
+    return tree
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved config as YAML, sections and keys in the order of their definition."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice: plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):  # the parent reports it
+                continue
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key!r} appears twice, the second time on line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def section_names() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config)]
+
+
+def _section_class(section: str) -> Any:
+    return typing.get_type_hints(Config)[section]
+
+
+def _split_override(text: str) -> tuple[str, str, Any]:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot or not key:
+        raise UserError(f"override {text!r} is not of the form section.key=value, such as optimizer.learning_rate=1e-3")
+    _known(section, section_names(), "section")
+    cls = _section_class(section)
+    _known(key, [f.name for f in dataclasses.fields(cls)], f"key in section {section}", prefix=f"{section}.")
+    if typing.get_type_hints(cls)[key] is str:
+        return section, key, value
+    try:
+        return section, key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {text!r} is not valid YAML") from error
+
+
+def _known(name: str, names: Sequence[str], what: str, prefix: str = "") -> None:
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+    raise UserError(f"unknown {what}: {prefix}{name}; {hint}")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "mapping", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _convert(value: Any, wanted: Any, name: str) -> Any:
+    """`value` as type `wanted`, or a UserError. YAML reads 1e-3 as a string and 15.0e9 as a float: both mean numbers."""
+    origin = typing.get_origin(wanted) or wanted
+    if wanted is bool and isinstance(value, bool):
+        return value
+    if wanted is str and isinstance(value, str):
+        return value
+    if wanted in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value) if isinstance(value, (int, float, str)) else math.nan
+        except (ValueError, OverflowError):
+            number = math.nan
+        if wanted is float and math.isfinite(number):
+            return number
+        if wanted is int and math.isfinite(number) and number == int(number):
+            return int(value) if isinstance(value, int) else int(number)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(v, typing.get_args(wanted)[0], name) for v in value)
+    if origin is dict and isinstance(value, dict):
+        return value
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
+    raise UserError(f"{name} must be {names.get(wanted, 'a list' if origin is tuple else 'a mapping')}, not {value!r}")
+
+
+# ------------------------------------------------------------------------------------------------ cross-field rules
+
+
+def check(config: Config) -> None:
+    """Refuse values and pairs of values that cannot work. Needs no files, ranks or devices.
+
+    Raises:
+        UserError: one sentence that names the keys, their values and the way out.
+    """
+    for section in section_names():
+        part = getattr(config, section)
+        for f in dataclasses.fields(part):
+            choices = f.metadata.get("choices")
+            value = getattr(part, f.name)
+            if choices and value not in choices:
+                raise UserError(f"{section}.{f.name} must be one of {', '.join(choices)}, not {value!r}")
+    _check_ranges(config)
+    _check_model(config.model)
+    _check_batch(config)
+
+
+def _check_ranges(config: Config) -> None:
+    positive = (
+        "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
+        "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
+        "data.batch_tokens data.prefetch optimizer.learning_rate optimizer.eps schedule.tokens engine.loss_chunk "
+        "log.interval eval.tokens"
+    )
+    not_negative = (
+        "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
+        "data.micro_batch optimizer.weight_decay optimizer.clip parallel.data checkpoint.interval checkpoint.keep_last "
+        "log.peak_tflops eval.interval run.stop_after run.seed"
+    )
+    shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
+
+    def value_of(name: str) -> Any:
+        section, key = name.split(".")
+        return getattr(getattr(config, section), key)
+
+    for name in positive.split():
+        if not value_of(name) > 0:
+            raise UserError(f"{name} must be above 0, not {value_of(name)}")
+    for name in not_negative.split():
+        if not value_of(name) >= 0:
+            raise UserError(f"{name} must be 0 or more, not {value_of(name)}")
+    for name in shares.split():
+        if not 0 <= value_of(name) <= 1:
+            raise UserError(f"{name} must lie between 0 and 1, not {value_of(name)}")
+    for name in ("optimizer.beta1", "optimizer.beta2"):
+        if value_of(name) == 1:
+            raise UserError(f"{name} must be below 1: at 1 AdamW never sees a gradient")
+    if config.engine.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"engine.zero_stage must be 0, 1, 2 or 3, not {config.engine.zero_stage}")
+    if any(m < 1 for m in config.eval.length_multiples) or not config.eval.length_multiples:
+        given = list(config.eval.length_multiples)
+        raise UserError(f"eval.length_multiples must be whole numbers of 1 or more, not {given}")
+    if not config.run.name or "/" in config.run.name or config.run.name in (".", ".."):
+        raise UserError(f"run.name must be a folder name, not {config.run.name!r}; use run.dir for its parent")
+
+
+def _check_model(model: ModelConfig) -> None:
+    for key, heads in (("num_heads", model.num_heads), ("memory_heads", model.resolved_memory_heads)):
+        if model.dim % heads:
+            raise UserError(f"model.dim ({model.dim}) must be a multiple of model.{key} ({heads})")
+    if model.head_dim % 2 and model.variant != "lmm":
+        raise UserError(
+            f"model.dim ({model.dim}) / model.num_heads ({model.num_heads}) is {model.head_dim}, "
+            "but rotary positions need an even head_dim; change model.num_heads"
+        )
+    if model.memory_depth > 4:
+        raise UserError(f"model.memory_depth must be 1 to 4, not {model.memory_depth}")
+    if model.has_memory and model.memory_depth > 1 and model.memory_hidden_dim < 1:
+        raise UserError(
+            f"model.memory_expansion ({model.memory_expansion}) times the memory's head_dim ({model.memory_head_dim}) "
+            "leaves no hidden channel; raise model.memory_expansion"
+        )
+    if model.retrieve_every > model.segment_len:
+        raise UserError(
+            f"model.retrieve_every ({model.retrieve_every}) must not exceed model.segment_len ({model.segment_len}), "
+            "or no memory token is ever kept"
+        )
+
+
+def _check_batch(config: Config) -> None:
+    data, schedule, engine = config.data, config.schedule, config.engine
+    if data.batch_tokens % data.seq_len:
+        below = data.batch_tokens // data.seq_len * data.seq_len
+        raise UserError(
+            f"data.batch_tokens ({data.batch_tokens}) must be a multiple of data.seq_len ({data.seq_len}): "
+            f"try {below or data.seq_len} or {below + data.seq_len}"
+        )
+    if data.micro_batch and config.batch_size % data.micro_batch:
+        raise UserError(
+            f"the batch of {config.batch_size} sequences (data.batch_tokens / data.seq_len) must be a multiple of "
+            f"data.micro_batch ({data.micro_batch})"
+        )
+    if schedule.kind == "wsd" and schedule.warmup_fraction + schedule.decay_fraction > 1:
+        raise UserError(
+            f"schedule.warmup_fraction ({schedule.warmup_fraction}) and "
+            f"schedule.decay_fraction ({schedule.decay_fraction}) sum to more than 1: lower one"
+        )
+    if engine.zero_stage == 0 and engine.precision == "bf16":
+        raise UserError(
+            "engine.zero_stage=0 with engine.precision=bf16 gives wrong AdamW updates in DeepSpeed; "
+            "use engine.zero_stage=1 (the same without sharding on one process) or engine.precision=fp32"
+        )
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Refuse a batch or layout that `world_size` processes cannot share.
+
+    Raises:
+        UserError: naming the keys and a legal choice.
+    """
+    wanted = config.parallel.data
+    if wanted and wanted != world_size:
+        raise UserError(
+            f"parallel.data is {wanted} but {world_size} processes were started; start {wanted} or set parallel.data=0"
+        )
+    if config.batch_size % world_size:
+        raise UserError(
+            f"the batch of {config.batch_size} sequences (data.batch_tokens {config.data.batch_tokens} / data.seq_len "
+            f"{config.data.seq_len}) does not divide over {world_size} data-parallel ranks; "
+            f"make data.batch_tokens a multiple of {world_size * config.data.seq_len}"
+        )
+    local = config.batch_size // world_size
+    micro = config.data.micro_batch
+    if micro and local % micro:
+        raise UserError(
+            f"each of {world_size} ranks takes {local} sequences a step, "
+            f"which is not a multiple of data.micro_batch ({micro})"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+@dataclass(frozen=True)
+class FieldReference:
+    """One line of the reference: name `section.key`, type, default as YAML, choices, docstring."""
+
+    name: str
+    type: str
+    default: str
+    choices: tuple[str, ...]
+    text: str
+
+
+def iterate_reference() -> Iterator[tuple[str, str, list[FieldReference]]]:
+    """Yield (section, the section's docstring, its fields), read from the docstrings in this file."""
+    for section in section_names():
+        cls = _section_class(section)
+        texts = _field_docstrings(cls)
+        fields = []
+        for f in dataclasses.fields(cls):
+            default = getattr(cls(), f.name)
+            default = list(default) if isinstance(default, tuple) else default
+            shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+            choices = tuple(f.metadata.get("choices", ()))
+            fields.append(FieldReference(f"{section}.{f.name}", str(f.type), shown, choices, texts[f.name]))
+        yield section, inspect.getdoc(cls) or "", fields
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """Docstrings under dataclass fields: Python drops them, so they are read from the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            texts[statement.target.id] = " ".join(str(following.value.value).split())
+    return texts
+
+
+def reference_markdown() -> str:
+    """The reference page docs/config.md; a test keeps the file equal to this."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Generated from `titans_pretrain/config.py` by `make docs`. Every key can be given in the YAML file or as",
+        "`section.key=value` on the command line.",
+    ]
+    for section, text, fields in iterate_reference():
+        lines += ["", f"## {section}", "", text, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for f in fields:
+            kind = " \\| ".join(f.choices) if f.choices else f.type
+            lines.append(f"| `{f.name}` | {kind} | `{f.default}` | {f.text.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+def reference_text(width: int = 100) -> str:
+    """The same reference for a terminal (`python -m titans_pretrain.train --help`)."""
+    lines = []
+    for section, text, fields in iterate_reference():
+        lines += ["", f"{section}: {text}"]
+        for f in fields:
+            kind = "|".join(f.choices) if f.choices else f.type
+            lines.append(f"  {f.name} ({kind}, default {f.default})")
+            lines += textwrap.wrap(f.text, width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference_markdown(), end="")
