@@ -1,0 +1,114 @@
+"""Whole models: causality to the bit, decoding equals the parallel forward, persistent tokens, signals, checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.tiny import VOCAB, random_tokens, tiny_model
+from titans_pretrain.config import VARIANTS
+from titans_pretrain.model import Titans
+
+# Each of the memory's options takes another path through a block at least once.
+OPTIONS = {
+    "default": {},
+    "plain": dict(memory_residual_norm=False, num_persistent=0),
+    "linear": dict(memory_depth=1, memory_per_layer_gates=False, conv_kernel=1),
+    "no_momentum": dict(memory_momentum=False, memory_theta_scaling="none"),
+    "no_forgetting": dict(memory_forgetting=False, memory_depth=3),
+    "to_zero": dict(memory_forget_toward="zero", retrieve_every=3, mal_residual=False, memory_heads=1),
+}
+
+
+def logits_of(model: Titans, tokens: Tensor, pieces: list[int]) -> Tensor:
+    """Logits from feeding `tokens` in pieces of the given lengths (repeated), the state carried."""
+    state, outputs, start, turn = None, [], 0, 0
+    while start < tokens.shape[1]:
+        stop = start + pieces[turn % len(pieces)]
+        hidden, state = model.hidden(tokens[:, start:stop], state)
+        outputs.append(model.logits(hidden))
+        start, turn = stop, turn + 1
+    return torch.cat(outputs, dim=1)
+
+
+def assert_pieces_equal_whole(model: Titans, tolerance: float) -> None:
+    """Largest difference of any logit, relative to the largest logit."""
+    tokens = random_tokens(2, 75)
+    whole = logits_of(model, tokens, [75])
+    for pieces in ([1], [7, 1, 19, 2]):
+        difference = (logits_of(model, tokens, pieces) - whole).abs().max()
+        assert difference < tolerance * whole.abs().max()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_decoding_equals_parallel_forward(variant: str, options: str) -> None:
+    if variant in ("transformer", "sliding_window") and options != "default":
+        pytest.skip("the options are the memory's")
+    model = tiny_model(variant, **OPTIONS[options])
+    assert_pieces_equal_whole(model, 1e-5)
+    assert_pieces_equal_whole(model.double(), 1e-12)  # what differs in fp32 is rounding and nothing else
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("place", [0, 7, 8, 19, 20, 33, 74])
+@torch.no_grad()
+def test_a_token_changes_no_earlier_output(variant: str, place: int) -> None:
+    model = tiny_model(variant)
+    tokens = random_tokens(2, 75)
+    changed = tokens.clone()
+    changed[:, place] = (changed[:, place] + 1) % VOCAB
+    before, after = logits_of(model, tokens, [75]), logits_of(model, changed, [75])
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.equal(before[:, place], after[:, place])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient(variant: str) -> None:
+    model = tiny_model(variant)
+    tokens = random_tokens(2, 45)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activation_checkpointing_changes_nothing(variant: str) -> None:
+    tokens = random_tokens(2, 45)
+    gradients = []
+    for recompute in (False, True):
+        model = tiny_model(variant)
+        model.activation_checkpointing = recompute
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+def test_signals(variant: str) -> None:
+    model = tiny_model(variant)
+    tokens = random_tokens(2, 45)
+    model.set_signals(True)
+    model(tokens[:, :-1], tokens[:, 1:])
+    signals = model.signals()
+    names = {"surprise", "theta_mean", "eta_mean", "alpha_mean", "state_norm", "momentum_norm"}
+    assert set(signals) == {f"block_{i}/{name}" for i in range(2) for name in names}
+    assert all(torch.isfinite(value) and value > 0 for value in signals.values())
+    assert abs(signals["block_0/eta_mean"] - 0.5) < 0.1  # the gates start at their biases
+    assert signals["block_0/alpha_mean"] < 0.004
+    assert tiny_model("transformer").signals() == {}
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    tokens = random_tokens(2, 45)
+    for variant in VARIANTS:
+        model = tiny_model(variant)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        half = model.to(torch.bfloat16)(tokens[:, :-1], tokens[:, 1:])
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, loss, rtol=0.01, atol=0.0)

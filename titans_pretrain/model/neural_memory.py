@@ -1,0 +1,184 @@
+"""The neural long-term memory as a layer: projections, gates, the scan, and how a read leaves it (method.md section 1).
+
+Shapes: b batch, t time, c channels, h memory heads, d memory head_dim, l weight matrices of the memory network.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_pretrain.config import ModelConfig
+from titans_pretrain.memory import MemoryOptions, MemoryState, begin_chunk, initial_state, memory_read
+from titans_pretrain.model.layers import CausalConv, RMSNorm
+from titans_pretrain.model.sequence import LocalSequence
+
+
+class MemoryLayerState(NamedTuple):
+    """What the next token needs: the convolutions' last inputs [b, kernel - 1, c] for q, k, v, and the memory itself."""
+
+    tails: tuple[Tensor, Tensor, Tensor]
+    memory: MemoryState
+
+    def close_chunk(self) -> MemoryLayerState:
+        return self._replace(memory=begin_chunk(self.memory))
+
+
+class NeuralMemory(nn.Module):
+    """One memory network per head that learns, token by token, to map its keys to its values."""
+
+    def __init__(self, config: ModelConfig, sequence: LocalSequence) -> None:
+        super().__init__()
+        dim, heads, head_dim = config.dim, config.resolved_memory_heads, config.memory_head_dim
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.query_conv = CausalConv(dim, config.conv_kernel)
+        self.key_conv = CausalConv(dim, config.conv_kernel)
+        self.value_conv = CausalConv(dim, config.conv_kernel)
+
+        gates = heads * (config.memory_depth if config.memory_per_layer_gates else 1)
+        self.theta_gate = nn.Linear(dim, gates)
+        self.eta_gate = nn.Linear(dim, gates) if config.memory_momentum else None
+        self.alpha_gate = nn.Linear(dim, gates) if config.memory_forgetting else None
+
+        widths = [head_dim, *[config.memory_hidden_dim] * (config.memory_depth - 1), head_dim]
+        self.initial_weights = nn.ParameterList(
+            nn.Parameter(torch.empty(heads, rows, columns)) for rows, columns in itertools.pairwise(widths)
+        )
+        self.inner_norm_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.memory_residual_norm else None
+        self.inner_norm_bias = nn.Parameter(torch.empty(heads, head_dim)) if config.memory_residual_norm else None
+
+        self.read_norm = RMSNorm(heads, head_dim, eps=config.norm_eps)
+        self.read_gate = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+        self.config = config
+        self.head_dim = head_dim
+        self.options = MemoryOptions(
+            chunk_size=config.memory_chunk,
+            activation=config.memory_activation,
+            forget_toward=config.memory_forget_toward,
+        )
+        self.sequence = sequence
+        self.collect_signals = False
+        self.signals: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------------ inputs of the scan
+
+    def queries(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail."""
+        q, tail = self._convolve(self.query(x), self.query_conv, tail)
+        return self._unit(q), tail
+
+    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """x [b, t, c] -> log(1 - alpha), log(eta) and theta, fp32 [b, t, h, l]; None for a gate that is switched off."""
+        log_gamma = None if self.alpha_gate is None else F.logsigmoid(-self._gate(self.alpha_gate, x))
+        theta = self.config.resolved_theta_max * torch.sigmoid(self._gate(self.theta_gate, x))
+        if self.eta_gate is None:
+            return log_gamma, None, theta
+        eta_logit = self._gate(self.eta_gate, x)
+        if self.config.memory_theta_scaling == "momentum":
+            theta = theta * torch.sigmoid(-eta_logit)  # 1 - eta, without the cancellation
+        return log_gamma, F.logsigmoid(eta_logit), theta
+
+    def _gate(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        depth = self.config.memory_depth if self.config.memory_per_layer_gates else 1
+        logits = layer(x).unflatten(-1, (-1, depth))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.expand(*logits.shape[:-1], self.config.memory_depth)
+
+    def _convolve(self, x: Tensor, conv: CausalConv, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        extended = self.sequence.extend(x, tail, conv.halo)
+        return F.silu(conv(extended)).unflatten(-1, (-1, self.head_dim)), extended[:, extended.shape[1] - conv.halo :]
+
+    def _unit(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
+
+    # ------------------------------------------------------------------------------------------------------------- calls
+
+    def start(self, batch: int, persistent: Tensor | None = None) -> MemoryLayerState | None:
+        """The state before the first token: the learned initial weights, after the persistent tokens [p, c] if any.
+
+        Persistent tokens do not depend on the input, so one row of them is scanned and shared by the whole batch. A new
+        gradient chunk begins after them, which keeps the chunk grid of the sequence independent of their number.
+        """
+        if persistent is None:
+            return None
+        _, (tails, memory) = self._scan(persistent[None], None)
+        weights, momentum = (
+            tuple(x.expand(batch, -1, -1, -1) for x in part) for part in (memory.weights, memory.momentum)
+        )
+        q_tail, k_tail, v_tail = (x.expand(batch, -1, -1) for x in tails)
+        return MemoryLayerState((q_tail, k_tail, v_tail), MemoryState(weights, momentum, weights, 0))
+
+    def forward(self, x: Tensor, state: MemoryLayerState | None = None) -> tuple[Tensor, MemoryLayerState]:
+        """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c]."""
+        read, state = self._scan(x, state, signals=self.collect_signals)
+        return self.leave(read, x), state
+
+    def recall(self, weights: tuple[Tensor, ...], queries: Tensor, x: Tensor) -> Tensor:
+        """Read fixed weights [b, h, in, out] at queries [b, t, h, d] (MAC's first read; no update); x gates -> [b, t, c]."""
+        read = memory_read(queries, weights, self.inner_norm_weight, self.inner_norm_bias, self.options)
+        return self.leave(read, x)
+
+    def initial_memory(self, batch: int) -> MemoryState:
+        """W = W_init, S = 0, for `batch` rows."""
+        return initial_state(tuple(self.initial_weights), batch)
+
+    def leave(self, read: Tensor, x: Tensor) -> Tensor:
+        """read [b, t, h, d] -> per-head RMS norm, gate by a linear layer of x, output projection -> [b, t, c]."""
+        return self.output(self.read_norm(read).flatten(-2) * F.silu(self.read_gate(x)))
+
+    def _scan(
+        self, x: Tensor, state: MemoryLayerState | None, signals: bool = False
+    ) -> tuple[Tensor, MemoryLayerState]:
+        tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
+        q, query_tail = self.queries(x, tails[0])
+        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1])
+        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2])
+        log_gamma, log_eta, theta = self.gates(x)
+        result = self.sequence.memory_scan(
+            q,
+            self._unit(k),
+            v,
+            log_gamma,
+            log_eta,
+            theta,
+            tuple(self.initial_weights),
+            self.inner_norm_weight,
+            self.inner_norm_bias,
+            None if state is None else state.memory,
+            self.options,
+            return_signals=signals,
+        )
+        if signals:
+            self._record(result[2], result[1], log_gamma, log_eta, theta)
+        return result[0], MemoryLayerState((query_tail, key_tail, value_tail), result[1])
+
+    @torch.no_grad()
+    def _record(
+        self,
+        scanned: dict[str, Tensor],
+        memory: MemoryState,
+        log_gamma: Tensor | None,
+        log_eta: Tensor | None,
+        theta: Tensor,
+    ) -> None:
+        """Scalars that show whether the memory is alive: what surprises it, how it is gated, how far it has moved."""
+        moved = [(w - w0).square().sum((-2, -1)) for w, w0 in zip(memory.weights, self.initial_weights, strict=True)]
+        self.signals = {
+            **scanned,
+            "theta_mean": theta.mean(),
+            "state_norm": torch.stack(moved).sum(0).sqrt().mean(),
+            "momentum_norm": torch.stack([s.square().sum((-2, -1)) for s in memory.momentum]).sum(0).sqrt().mean(),
+        }
+        if log_gamma is not None:
+            self.signals["alpha_mean"] = -torch.expm1(log_gamma).mean()
+        if log_eta is not None:
+            self.signals["eta_mean"] = log_eta.exp().mean()

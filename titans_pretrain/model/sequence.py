@@ -1,0 +1,46 @@
+"""The sequence seam: the operations of a block that look beyond its own tokens, as one process does them.
+
+A block reaches other tokens only through the object it was given. `parallel/sequence.py` supplies the distributed one;
+the model does not know which it holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_pretrain.memory import MemoryState, memory_scan
+from titans_pretrain.model.attention_scores import causal_attention, window_attention
+
+
+class LocalSequence:
+    """All tokens of the sequence are here."""
+
+    def positions(self, start: int, length: int, device: torch.device) -> Tensor:
+        """Positions, int64 [length], of the tokens at hand, the first of the whole sequence being `start`."""
+        return torch.arange(start, start + length, device=device)
+
+    def extend(self, x: Tensor, earlier: Tensor | None, length: int) -> Tensor:
+        """x [b, t, ...] -> [b, length + t, ...]: the `length` tokens before x, `earlier` or zeros, in front of it."""
+        if length == 0:
+            return x
+        if earlier is None:
+            earlier = x.new_zeros(x.shape[0], length, *x.shape[2:])
+        return torch.cat((earlier, x), dim=1)
+
+    def window_attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See attention_scores.window_attention."""
+        return window_attention(*args, **kwargs)
+
+    def causal_attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See attention_scores.causal_attention."""
+        return causal_attention(*args, **kwargs)
+
+    def memory_scan(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """See titans_pretrain.memory.memory_scan."""
+        return memory_scan(*args, **kwargs)
+
+
+__all__ = ["LocalSequence", "MemoryState"]

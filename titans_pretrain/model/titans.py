@@ -1,0 +1,104 @@
+"""The language model: embedding, blocks, norm, head; one forward for training, one with state for everything else."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from titans_pretrain.config import ModelConfig
+from titans_pretrain.model.baselines import TransformerBlock
+from titans_pretrain.model.blocks import Block, LMMBlock, MACBlock, MAGBlock, MALBlock
+from titans_pretrain.model.layers import LanguageModelHead, RMSNorm, rotary_table
+from titans_pretrain.model.neural_memory import NeuralMemory
+from titans_pretrain.model.sequence import LocalSequence
+
+
+class ModelState(NamedTuple):
+    """Everything the next token needs."""
+
+    position: int
+    """Tokens consumed so far."""
+    blocks: tuple[Any, ...]
+    """One state per block."""
+
+
+def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
+    """The block of `config.variant`."""
+    if config.variant == "transformer":
+        return TransformerBlock(config, sequence, window=None)
+    if config.variant == "sliding_window":
+        return TransformerBlock(config, sequence, window=config.window)
+    titans = {"mac": MACBlock, "mag": MAGBlock, "mal": MALBlock, "lmm": LMMBlock}
+    return titans[config.variant](config, sequence)
+
+
+class Titans(nn.Module):
+    """A causal language model. Parameters are empty until `model.init.initialize` or a checkpoint fills them.
+
+    Args:
+        config: `vocab_size` must be resolved (above 0).
+        loss_chunk: tokens whose logits exist at one time.
+        sequence: the sequence seam; the default does everything in this process.
+    """
+
+    def __init__(self, config: ModelConfig, loss_chunk: int = 2048, sequence: LocalSequence | None = None) -> None:
+        super().__init__()
+        if config.vocab_size <= 0:
+            raise ValueError("ModelConfig.vocab_size is 0: resolve it from the data before building the model")
+        self.config = config
+        self.sequence = sequence or LocalSequence()
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(build_block(config, self.sequence) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = LanguageModelHead(config.dim, config.vocab_size, loss_chunk)
+        if config.tie_embeddings:
+            self.head.weight = cast(nn.Parameter, self.embedding.weight)
+        self.activation_checkpointing = False
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """tokens, labels int64 [b, t]; labels of -100 do not count -> the fp32 sum of the token losses, nats."""
+        x = self.embedding(tokens)
+        rotary = self._rotary(0, tokens)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # determinism_check compares shapes, which ZeRO-3 changes when it releases gathered parameters
+                x, _ = checkpoint(block, x, rotary, use_reentrant=False, determinism_check="none")
+            else:
+                x, _ = block(x, rotary)
+        return self.head(self.norm(x), labels)
+
+    def hidden(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """tokens int64 [b, t], the next t of each sequence -> final hidden states [b, t, c] and the state after them."""
+        position = 0 if state is None else state.position
+        x = self.embedding(tokens)
+        rotary = self._rotary(position, tokens)
+        states = []
+        for i, block in enumerate(self.blocks):
+            x, block_state = block(x, rotary, None if state is None else state.blocks[i])
+            states.append(block_state)
+        return self.norm(x), ModelState(position + tokens.shape[1], tuple(states))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [b, t, c] -> fp32 logits [b, t, v]."""
+        return self.head(hidden)
+
+    def set_signals(self, on: bool) -> None:
+        """Collect the memories' signals in the next forwards; costs a few reductions per layer."""
+        for _, memory in self._memories():
+            memory.collect_signals = on
+
+    def signals(self) -> dict[str, Tensor]:
+        """Scalars of the last forward on this rank, named block_N/NAME; none for models without memory."""
+        return {f"block_{i}/{name}": value for i, memory in self._memories() for name, value in memory.signals.items()}
+
+    def _memories(self) -> list[tuple[int, NeuralMemory]]:
+        return [
+            (i, b.memory) for i, b in enumerate(self.blocks) if isinstance(getattr(b, "memory", None), NeuralMemory)
+        ]
+
+    def _rotary(self, start: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        positions = self.sequence.positions(start, tokens.shape[1], tokens.device)
+        return rotary_table(positions, self.config.head_dim, self.config.rope_theta)
