@@ -538,10 +538,10 @@ def _check_model(model: ModelConfig) -> None:
 def _check_batch(config: Config) -> None:
     data, schedule, engine = config.data, config.schedule, config.engine
     if data.batch_tokens % data.seq_len:
-        below = data.batch_tokens // data.seq_len * data.seq_len
+        below = max(1, data.batch_tokens // data.seq_len) * data.seq_len
         raise UserError(
             f"data.batch_tokens ({data.batch_tokens}) must be a multiple of data.seq_len ({data.seq_len}): "
-            f"try {below or data.seq_len} or {below + data.seq_len}"
+            f"try {below} or {below + data.seq_len}"
         )
     if data.micro_batch and config.batch_size % data.micro_batch:
         raise UserError(

@@ -95,9 +95,12 @@ class Titans(nn.Module):
         return {f"block_{i}/{name}": value for i, memory in self._memories() for name, value in memory.signals.items()}
 
     def _memories(self) -> list[tuple[int, NeuralMemory]]:
-        return [
-            (i, b.memory) for i, b in enumerate(self.blocks) if isinstance(getattr(b, "memory", None), NeuralMemory)
-        ]
+        found = []
+        for i, block in enumerate(self.blocks):
+            memory = getattr(block, "memory", None)
+            if isinstance(memory, NeuralMemory):
+                found.append((i, memory))
+        return found
 
     def _rotary(self, start: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         positions = self.sequence.positions(start, tokens.shape[1], tokens.device)
