@@ -1,0 +1,118 @@
+"""How did these runs go? Reads their config.yaml and metrics.jsonl; a run still under way is fine.
+
+python tools/summarize_run.py RUN [RUN ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titans_pretrain.config import Config, load_config
+from titans_pretrain.data.manifest import read_manifest
+from titans_pretrain.errors import UserError, exit_on_user_error
+
+AVERAGED_STEPS = 10
+"""One step's loss depends on its batch; the end of training is the mean of so many."""
+
+
+class Metrics(NamedTuple):
+    """The rows of metrics.jsonl by kind; report.py says what they hold."""
+
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+
+def read_metrics(run: Path) -> Metrics:
+    """Read a run's metrics.jsonl. A last line that is still being written is left out.
+
+    Raises:
+        UserError: there is none, or a line before the last is damaged.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a run folder that training has written") from error
+    metrics = Metrics([], [])
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is damaged: {error}") from error
+        (metrics.steps if "loss" in row else metrics.evaluations).append(row)
+    return metrics
+
+
+def summarize(run: Path) -> list[tuple[str, str]]:
+    """What to tell of one run, as (subject, text).
+
+    Raises:
+        UserError: `run` is not a run folder.
+    """
+    metrics = read_metrics(run)
+    config = load_config(run / "config.yaml")
+    told = [
+        ("run", str(run)),
+        ("model", f"{config.model.variant}, {config.model.num_layers} blocks, width {config.model.dim}"),
+        ("data", data_text(config)),
+    ]
+    if metrics.steps:
+        first, last = metrics.steps[0], metrics.steps[-1]
+        end = metrics.steps[-AVERAGED_STEPS:]
+        seconds = sum(row["seconds"] for row in metrics.steps)
+        rate = len(metrics.steps) * config.data.batch_tokens / seconds
+        told += [
+            ("progress", f"step {last['step']:,} of {config.num_steps:,}, {last['tokens']:,} tokens"),
+            (
+                "training loss",
+                f"{first['loss']:.3f} -> {sum(row['loss'] for row in end) / len(end):.3f} nats per token "
+                f"(first step -> mean of the last {len(end)})",
+            ),
+            (
+                "speed",
+                f"{rate:,.0f} tokens/s over {seconds:,.0f} s of training steps",
+            ),
+        ]
+    if metrics.evaluations:
+        first, last = metrics.evaluations[0], metrics.evaluations[-1]
+        for name in (name for name in last if name.startswith("valid_loss")):
+            start = f"{first[name]:.3f} -> " if name in first else ""
+            told.append(
+                (
+                    "validation" + name.removeprefix("valid_loss").replace("_x", " x"),
+                    f"{start}{last[name]:.3f} nats per token, perplexity {math.exp(last[name]):,.1f} at step {last['step']:,}",
+                )
+            )
+    if (run / "tensorboard").is_dir():
+        told.append(("TensorBoard", f".venv/bin/tensorboard --logdir {run / 'tensorboard'}"))
+    return told
+
+
+def data_text(config: Config) -> str:
+    """The yardstick for every loss: what a model scores that knows only how often each token occurs."""
+    try:
+        manifest = read_manifest(Path(config.data.path))
+    except UserError:
+        return f"{config.data.path} (no longer there, so its unigram entropy is unknown)"
+    return f"{config.data.path}, unigram entropy {manifest.unigram_entropy:.3f} nats per token"
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    for number, run in enumerate(parser.parse_args(argv).runs):
+        if number:
+            print()
+        for subject, text in summarize(run):
+            print(f"{subject:<16} {text}")
+
+
+if __name__ == "__main__":
+    main()
