@@ -1,0 +1,207 @@
+"""The door: causality, carried state, precision, signals, reads at fixed weights, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.memory.problem import Problem, assert_same, error, make_problem, make_state, scan_in_parts, state_tensors
+from titans_pretrain.errors import UserError
+from titans_pretrain.memory import MemoryOptions, begin_chunk, initial_state, memory_read, memory_scan
+from titans_pretrain.memory.gates import piece_gates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 16, 64, 160])
+@torch.no_grad()
+def test_no_output_depends_on_a_later_token(chunk: int, dtype: torch.dtype) -> None:
+    length, tokens = (40, (1, 17)) if chunk == 1 else (150, (1, 17, 63, 64, 140))
+    problem = make_problem(length, 2, width=8, hidden=16).to(torch.float32)
+    problem = problem._replace(q=problem.q.to(dtype), k=problem.k.to(dtype), v=problem.v.to(dtype))
+    options = MemoryOptions(chunk)
+    out, _ = memory_scan(*problem, options=options)
+    for token in tokens:
+        for index, name in enumerate(Problem._fields[:6]):
+            changed = problem[index].clone()
+            changed[:, token] = -changed[:, token] + (-0.3 if name.startswith("log") else 0.3)
+            other, _ = memory_scan(*problem._replace(**{name: changed}), options=options)
+            assert torch.equal(other[:, :token], out[:, :token]), f"{name} at {token}"
+            assert not torch.equal(other[:, token], out[:, token]), f"{name} at {token}"
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+@torch.no_grad()
+def test_two_halves_equal_the_whole(chunk: int) -> None:
+    problem, options = make_problem(100, 3, batch=2), MemoryOptions(chunk)
+    problem = problem._replace(theta=0.1 * problem.theta)  # so that the recurrence itself does not amplify rounding
+    whole = memory_scan(*problem, options=options)
+    for cut in (1, 49, 64, 99):
+        assert_same(scan_in_parts(problem, [cut], options), whole, 1e-12)
+    single = problem.to(torch.float32)
+    assert_same(scan_in_parts(single, [49], options), memory_scan(*single, options=options), 1e-5)
+
+
+@torch.no_grad()
+def test_a_carried_state_reaches_either_path() -> None:
+    """In mid-chunk, with weights that are not the anchor's, both paths go on in the same way."""
+    problem = make_problem(40, 2)
+    for offset, chunk in ((3, 7), (15, 16), (30, 64), (100, 160)):
+        args = (*problem, make_state(problem, offset), MemoryOptions(chunk))
+        assert_same(memory_scan(*args, path="closed_form"), memory_scan(*args, path="reference"))
+
+
+@torch.no_grad()
+def test_begin_chunk_moves_the_anchor() -> None:
+    problem, options = make_problem(20, 2), MemoryOptions(16)
+    _, open_chunk = memory_scan(*problem.tokens(0, 10), options=options)
+    closed = begin_chunk(open_chunk)
+    assert (open_chunk.offset, closed.offset) == (10, 0)
+    assert all(torch.equal(a, b) for a, b in zip(closed.anchor, open_chunk.weights, strict=True))
+    on, _ = memory_scan(*problem.tokens(10, 20), open_chunk, options)
+    anew, _ = memory_scan(*problem.tokens(10, 20), closed, options)
+    expected, _ = memory_scan(*problem.tokens(10, 20), closed, options, path="reference")
+    assert error(on, anew) > 1e-3
+    assert error(anew, expected) < 1e-12
+
+
+def test_the_initial_state_is_the_initial_weights_without_momentum() -> None:
+    problem = make_problem(5, 2, batch=3)
+    weights = cast_weights = tuple(w.bfloat16() for w in problem.initial_weights)
+    state = initial_state(weights, 3)
+    assert state.offset == 0
+    for field in state[:3]:
+        assert [x.dtype for x in field] == [torch.float32] * 2
+        assert [tuple(x.shape) for x in field] == [(3, *w.shape) for w in weights]
+    assert all(torch.equal(x[2], w.float()) for x, w in zip(state.weights, cast_weights, strict=True))
+    assert not any(s.any() for s in state.momentum)
+    given = memory_scan(*problem, initial_state(problem.initial_weights, 3))
+    assert_same(given, memory_scan(*problem), 1e-15)
+
+
+def test_momentum_stays_zero_when_it_is_off() -> None:
+    problem = make_problem(20, 2, momentum=False)
+    for path in ("closed_form", "reference"):
+        _, state = memory_scan(*problem, options=MemoryOptions(7), path=path)
+        assert not any(s.any() for s in state.momentum)
+
+
+@torch.no_grad()
+def test_reading_the_last_weights_gives_the_last_output() -> None:
+    for norm in (True, False):
+        problem = make_problem(20, 3, norm=norm, batch=2)
+        options = MemoryOptions(7, activation="silu")
+        out, state = memory_scan(*problem, options=options)
+        read = memory_read(problem.q, state.weights, problem.norm_weight, problem.norm_bias, options)
+        assert read.shape == out.shape
+        assert error(read[:, -1], out[:, -1]) < 1e-12
+        narrow = memory_read(problem.q.bfloat16(), [w.float() for w in state.weights], None, None, options)
+        assert narrow.dtype == torch.bfloat16
+
+
+def test_bf16_inputs_are_computed_in_fp32() -> None:
+    exact = make_problem(100, 2, width=8, hidden=16).to(torch.float32)._replace()
+    exact = exact._replace(theta=0.1 * exact.theta)
+    rounded = exact._replace(q=exact.q.bfloat16(), k=exact.k.bfloat16(), v=exact.v.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, state = memory_scan(*rounded.require_grad(), options=MemoryOptions(16))
+    assert out.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in state_tensors(state))
+    widened = rounded._replace(q=rounded.q.float(), k=rounded.k.float(), v=rounded.v.float())
+    assert torch.equal(out, memory_scan(*widened, options=MemoryOptions(16))[0].bfloat16())
+    assert error(out.float(), memory_scan(*exact, options=MemoryOptions(16))[0]) < 0.02
+    out.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.dtype == x.dtype for x in rounded.tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_gamma", [-1e-9, -30.0, -1e30])
+@pytest.mark.parametrize("log_eta", [-1e-9, -80.0, -1e30])
+def test_extreme_gates_stay_finite(log_gamma: float, log_eta: float, dtype: torch.dtype) -> None:
+    """Everywhere, and at every third token: a vanished gate must not swallow what its neighbours keep."""
+    for every in (1, 3):
+        problem = make_problem(80, 2).to(dtype)
+        assert problem.log_gamma is not None
+        assert problem.log_eta is not None
+        problem = problem._replace(theta=0.1 * problem.theta)
+        problem.log_gamma[:, ::every] = log_gamma
+        problem.log_eta[:, 1::every] = log_eta
+        problem.require_grad()
+        options = MemoryOptions(64)
+        out, state = memory_scan(*problem, options=options)
+        tensors = [out, *state_tensors(state)]
+        assert all(x.isfinite().all() for x in tensors)
+        gradients = torch.autograd.grad(sum(x.square().sum() for x in tensors), problem.tensors())  # type: ignore[arg-type]
+        assert all(x.isfinite().all() for x in gradients)
+        if dtype == torch.float64:
+            with torch.no_grad():
+                assert_same((out, state), memory_scan(*problem, options=options, path="reference"))
+
+
+def test_slow_forgetting_loses_no_digits() -> None:
+    """1 - beta of a few 1e-7 in fp32: it is what pulls the weights to their initial values, so it must not cancel."""
+    log_gamma = torch.full((1, 1, 8), -1e-7, dtype=torch.float64)
+    theta = torch.ones(1, 1, 8, dtype=torch.float64)
+    wide, narrow = (piece_gates(log_gamma.to(d), None, theta.to(d))[0].lost for d in (torch.float64, torch.float32))
+    assert wide is not None
+    assert narrow is not None
+    assert error(narrow.double(), wide) < 1e-6
+
+
+@pytest.mark.parametrize("path", ["closed_form", "reference"])
+def test_surprise_is_the_mean_loss_at_the_anchor(path: str) -> None:
+    problem = make_problem(7, 2, batch=2)
+    options = MemoryOptions(7)
+    plain = memory_scan(*problem, options=options, path=path)
+    assert len(plain) == 2
+    out, state, signals = memory_scan(*problem.require_grad(), options=options, path=path, return_signals=True)
+    anchor = initial_state(problem.initial_weights, 2).weights
+    told = memory_read(problem.k, anchor, problem.norm_weight, problem.norm_bias, options)
+    expected = 0.5 * (told - problem.v).square().sum(-1).mean()
+    assert set(signals) == {"surprise"}
+    assert signals["surprise"].dtype == torch.float32
+    assert not signals["surprise"].requires_grad
+    assert signals["surprise"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same((out, state), plain, 1e-15)
+    more, _, later = memory_scan(*problem.tokens(0, 3), state, options, path=path, return_signals=True)
+    assert more.shape[1] == 3
+    assert later["surprise"] < signals["surprise"]
+
+
+def test_an_unknown_path_is_refused_with_the_choices() -> None:
+    with pytest.raises(UserError, match=r"'magic'.*auto, closed_form, reference"):
+        memory_scan(*make_problem(3, 1), path="magic")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(k=torch.zeros(1, 9, 2, 4)), r"one shape.*\[1, 9, 2, 4\]"),
+        (dict(theta=torch.zeros(1, 8, 2, 1)), r"theta must be.*\[1, 8, 2, 2\].*\[1, 8, 2, 1\]"),
+        (dict(log_eta=torch.zeros(1, 8, 2)), r"log_eta must be"),
+        (dict(initial_weights=(torch.zeros(2, 4, 6), torch.zeros(2, 5, 4))), r"initial_weights must chain"),
+        (dict(initial_weights=(torch.zeros(1, 4, 6), torch.zeros(1, 6, 4))), r"initial_weights must chain"),
+        (dict(norm_bias=None), r"together"),
+        (dict(norm_weight=torch.zeros(4)), r"norm_weight must be \[h, d\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        memory_scan(*make_problem(8, 2)._replace(**changes))
+
+
+def test_states_that_do_not_fit_are_named() -> None:
+    problem = make_problem(8, 2)
+    with pytest.raises(ValueError, match=r"offset 7 is not inside a chunk of 7"):
+        memory_scan(*problem, make_state(problem, 7), MemoryOptions(7))
+    with pytest.raises(ValueError, match=r"state.weights must be \[\(1, 2, 4, 6\)"):
+        memory_scan(*problem, initial_state(problem.initial_weights, 3))
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(chunk_size=0), dict(activation="relu"), dict(forget_toward="one"), dict(norm_eps=0.0)]
+)
+def test_options_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        MemoryOptions(**changes)

@@ -1,0 +1,16 @@
+"""The neural long-term memory as functions on tensors: scan a sequence into it, read it, carry its state."""
+
+from titans_pretrain.memory.closed_form import tile_length
+from titans_pretrain.memory.network import memory_read
+from titans_pretrain.memory.scan import memory_scan
+from titans_pretrain.memory.state import MemoryOptions, MemoryState, begin_chunk, initial_state
+
+__all__ = [
+    "MemoryOptions",
+    "MemoryState",
+    "begin_chunk",
+    "initial_state",
+    "memory_read",
+    "memory_scan",
+    "tile_length",
+]
