@@ -26,7 +26,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML config of the runs")
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
-    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 .. N-1 (default 10)")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default 10)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default 0)")
     parser.add_argument("--variants", nargs="+", default=["mac", "mag", "mal", "lmm"], choices=VARIANTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each one process (default 1)")
     parser.add_argument("--max-norm", type=float, default=5.0, help="gradient norm a run must stay below (default 5)")
@@ -37,7 +38,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(config: str, variant: str, seed: int, overrides: list[str]) -> tuple[int, str]:
     """Run the trainer in a process of its own -> (exit code, the end of its output)."""
     command = [sys.executable, "-m", "titans_pretrain.train", config, *overrides]
-    command += [f"model.variant={variant}", f"run.seed={seed}", f"run.name={run_name(variant, seed)}", "run.resume=auto"]
+    command += [
+        f"model.variant={variant}",
+        f"run.seed={seed}",
+        f"run.name={run_name(variant, seed)}",
+        "run.resume=auto",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout[-600:]
@@ -69,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError(f"--seeds ({args.seeds}) and --jobs ({args.jobs}) must be 1 or more")
-    grid = [(variant, seed) for variant in args.variants for seed in range(args.seeds)]
+    grid = [
+        (variant, seed) for variant in args.variants for seed in range(args.first_seed, args.first_seed + args.seeds)
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {key: pool.submit(train, args.config, *key, args.overrides) for key in grid}
         failures = 0
@@ -85,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
             losses = "  ".join(f"{key} {value:.4f}" for key, value in run.items() if key.startswith("valid_loss"))
             print(
                 f"{run_name(variant, seed)}: {'ok' if good else 'FAILED'}  {run['steps']} steps  "
-                f"{'all finite' if run['finite'] else 'NOT FINITE'}  largest norm after step {args.after}: {run['norm']:.3f}  {losses}",
+                f"{'all finite' if run['finite'] else 'NOT FINITE'}  "
+                f"largest norm after step {args.after}: {run['norm']:.3f}  {losses}",
                 flush=True,
             )
     print(f"{len(grid) - failures} of {len(grid)} runs passed", flush=True)

@@ -32,6 +32,7 @@ def test_scale_and_biases() -> None:
     assert abs(std * math.sqrt(256) - 1) < 0.05
     std = parameters["blocks.3.attention.output.weight"].std().item()
     assert abs(std * math.sqrt(256) * 4 - 1) < 0.05  # residual writers: 1 / sqrt(2 * 8)
+    assert abs(parameters["blocks.0.memory.initial_weights.0"].std().item() - 1) < 0.05  # keys have unit norm
     std = parameters["blocks.0.memory.initial_weights.1"].std().item()
     assert abs(std * math.sqrt(192) - 1) < 0.05  # acts on the right: its inputs are its rows
     assert (parameters["blocks.0.memory.alpha_gate.bias"] == -6.0).all()
