@@ -1,0 +1,1 @@
+"""The training run: loop, engine, schedule, checkpoints, evaluation, reporting."""

@@ -1,0 +1,63 @@
+"""`python -m titans_pretrain.train CONFIG.yaml section.key=value ...`, alone, under torchrun, or one per srun task."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from titans_pretrain.config import check_world, load_config, reference_text
+from titans_pretrain.errors import UserError, exit_on_user_error
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """Command line -> config file (None: defaults) and overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m titans_pretrain.train",
+        description="Train a model; continues by itself where the run folder holds a checkpoint.",
+        epilog="Settings:\n" + reference_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", help="YAML file; may be left out when overrides give all that is needed")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one setting; repeatable")
+    given = parser.parse_args(arguments)
+    if given.config is not None and "=" in given.config and not given.config.endswith((".yaml", ".yml")):
+        return None, [given.config, *given.overrides]
+    return given.config, given.overrides
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> None:
+    path, overrides = parse(arguments)
+    # Imported late: --help must not wait for torch, nor a misspelt key for DeepSpeed.
+    from titans_pretrain.train.environment import find_environment, join
+
+    environment = find_environment()
+    speaks = environment.rank == 0
+    try:
+        config = load_config(path, overrides)
+        check_world(config, environment.world_size)
+        import torch.distributed
+
+        from titans_pretrain.parallel.grid import AgreedError
+        from titans_pretrain.train.loop import train
+
+        try:
+            train(config, join(environment, config.run.device))
+            torch.distributed.destroy_process_group()
+        except AgreedError:
+            raise
+        except UserError:
+            speaks = True  # nobody else knows of it
+            raise
+    except UserError:
+        if speaks:
+            raise
+        # All ranks end for the same reason and rank 0 says it; leave it the time, since a launcher kills at the first exit.
+        time.sleep(1.0)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

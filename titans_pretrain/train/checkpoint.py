@@ -1,0 +1,386 @@
+"""How a run survives: checkpoints that are whole or absent, found again by themselves, refused where they do not fit.
+
+A checkpoint folder step_00001000 holds DeepSpeed's files (`deepspeed/`), each rank's random states (`rank_N.pt`), the
+tokenizer, the logits of a fixed validation prefix (`logits.safetensors`, for tools that convert the weights) and
+`manifest.json`, written last, with the size and SHA-256 of every other file. The folder is written as step_00001000.tmp
+and renamed when all of it is on disk; whatever dies before that costs nothing older.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from titans_pretrain.config import Config, config_to_dict
+from titans_pretrain.data.atomic import sha256_of, sync_directory
+from titans_pretrain.data.shards import ShardSet
+from titans_pretrain.errors import UserError
+from titans_pretrain.model import Titans
+from titans_pretrain.parallel.grid import AgreedError, Grid
+from titans_pretrain.train.durable import write_file
+
+if TYPE_CHECKING:  # reading a checkpoint's manifest must not import DeepSpeed
+    from titans_pretrain.train.engine import Engine
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+LOGITS = "logits.safetensors"
+UNFINISHED = ".tmp"
+
+# What a resumed run must share with its checkpoint, or its losses would be another run's.
+MUST_MATCH = ("data.seq_len", "data.batch_tokens", "run.seed")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. With the config and the seed this decides everything that follows."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    position: int = 0
+    """Global index of the next training sequence."""
+    tokens: int = 0
+    """Tokens trained on; the schedule is a function of it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(
+    run_dir: Path, progress: Progress, engine: Engine, grid: Grid, config: Config, shards: ShardSet, prefix: Tensor
+) -> Path:
+    """Write checkpoints/step_N, then delete those beyond `checkpoint.keep_last`. Collective.
+
+    Args:
+        prefix: int64 [1, n] validation tokens whose logits are stored beside the weights.
+
+    Raises:
+        UserError: on every rank, when any rank could not write; earlier checkpoints are untouched.
+    """
+    final = run_dir / "checkpoints" / f"step_{progress.step:08d}"
+    folder = final.with_name(final.name + UNFINISHED)
+    with _all_or_nothing(grid, final, folder):
+        with grid.agreed():
+            if grid.is_first:
+                _prepare(folder, engine.state_bytes() + 4 * prefix.shape[1] * config.model.vocab_size)
+        logits = engine.evaluate(_logits, prefix.to(grid.device))
+        files, error = engine.save(folder)
+        try:
+            if error is not None:
+                raise error
+            files |= _write_own_files(folder, grid, shards, prefix, logits)
+        except OSError as raised:
+            error = raised
+        grid.raise_agreed(None if error is None else UserError(_reason(error)))
+        everyones = grid.gather_objects(files)
+        with grid.agreed():
+            if grid.is_first:
+                merged = {name: entry for part in everyones for name, entry in part.items()}
+                try:
+                    _commit(folder, final, _manifest(progress, config, shards, grid, merged))
+                except OSError as raised:
+                    raise UserError(_reason(raised)) from raised
+    if grid.is_first:
+        prune(run_dir, config.checkpoint.keep_last)
+    grid.barrier()
+    return final
+
+
+def _logits(model: Titans, tokens: Tensor) -> Tensor:
+    return model.logits(model.hidden(tokens)[0])
+
+
+@contextlib.contextmanager
+def _all_or_nothing(grid: Grid, final: Path, folder: Path) -> Any:
+    try:
+        yield
+    except AgreedError as error:
+        if grid.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        older = len(_finished_folders(final.parent))
+        raise AgreedError(
+            f"cannot save checkpoint {final}: {error}; nothing of it is kept, "
+            f"{older} earlier checkpoint{'s are' if older != 1 else ' is'} untouched; free space there, or lower "
+            "checkpoint.keep_last, or move the run with run.dir"
+        ) from error
+
+
+def _prepare(folder: Path, needed: int) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(_reason(error)) from error
+    needed += needed // 50 + (1 << 20)  # names, headers, padding
+    if needed > free:
+        raise UserError(f"it needs about {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _write_own_files(
+    folder: Path, grid: Grid, shards: ShardSet, prefix: Tensor, logits: Tensor
+) -> dict[str, dict[str, Any]]:
+    name = f"rank_{grid.rank}.pt"
+    files = {name: write_file(folder / name, lambda file: torch.save(_random_states(grid.device), file))}
+    if grid.is_first:
+        tensors = {"tokens": prefix.cpu().contiguous(), "logits": logits.float().cpu().contiguous()}
+        files[LOGITS] = write_file(folder / LOGITS, lambda file: file.write(safetensors.torch.save(tensors)))
+        tokenizer = shards.tokenizer_path.read_bytes()
+        files[TOKENIZER] = write_file(folder / TOKENIZER, lambda file: file.write(tokenizer))
+    return files
+
+
+def _manifest(
+    progress: Progress, config: Config, shards: ShardSet, grid: Grid, files: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **asdict(progress),
+        "config": config_to_dict(config),
+        "dataset_fingerprint": shards.fingerprint,
+        "tokenizer_sha256": shards.tokenizer_sha256,
+        "layout": {
+            "world_size": grid.world_size,
+            "zero_stage": config.engine.zero_stage,
+            "precision": config.engine.precision,
+        },
+        "files": dict(sorted(files.items())),
+    }
+
+
+def _commit(folder: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1).encode()
+    write_file(folder / MANIFEST, lambda file: file.write(text))
+    for directory in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
+        sync_directory(directory)
+    folder.rename(final)
+    sync_directory(final.parent)
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` finished checkpoints; 0 keeps all."""
+    if keep_last == 0:
+        return
+    for folder in _finished_folders(run_dir / "checkpoints")[keep_last:]:
+        # Renamed first: a prune that is killed leaves an unfinished folder, not a damaged checkpoint.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
+
+
+def _finished_folders(checkpoints: Path) -> list[Path]:
+    """Folders that have their final name, newest first."""
+    return sorted((p for p in checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()), reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- finding
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        UserError: there is none, it is not JSON, or it is of another format.
+    """
+    path = Path(checkpoint) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    return manifest
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, comparing every file with the manifest; None when it is whole."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except UserError as error:
+        return str(error)
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
+        for name, digest in zip(files, pool.map(lambda n: sha256_of(checkpoint / n), files), strict=True):
+            if digest != files[name]["sha256"]:
+                return f"the contents of {name} do not have the manifest's SHA-256"
+    return None
+
+
+def find_checkpoints(run_dir: Path, say: Callable[[str], Any] = print, newest_only: bool = False) -> list[Path]:
+    """Complete, undamaged checkpoints of a run folder, newest first; `say` is told what was skipped and why.
+
+    Args:
+        newest_only: stop at the first good one; checksumming them all can take minutes.
+    """
+    found = []
+    for folder in _finished_folders(Path(run_dir) / "checkpoints"):
+        damage = find_damage(folder)
+        if damage is not None:
+            say(f"skipping {folder}: {damage}")
+            continue
+        found.append(folder)
+        if newest_only:
+            break
+    return found
+
+
+def choose_resume(run_dir: Path, resume: str, say: Callable[[str], Any]) -> Path | None:
+    """The checkpoint to continue from by `run.resume`, None for a fresh start. Run by one rank.
+
+    Raises:
+        UserError: run.resume=never where checkpoints exist, or a path that is not a whole checkpoint or would leave a
+            newer one of another history beside the new ones.
+    """
+    if resume == "auto":
+        found = find_checkpoints(run_dir, say, newest_only=True)
+        return found[0] if found else None
+    existing = _finished_folders(run_dir / "checkpoints")
+    if resume == "never":
+        if existing:
+            raise UserError(
+                f"run.resume is never but {existing[0]} exists; set run.resume=auto to continue it, or another run.name"
+            )
+        return None
+    chosen = Path(resume)
+    damage = find_damage(chosen) if chosen.is_dir() else "there is no such folder"
+    if damage is not None:
+        raise UserError(f"cannot resume from run.resume={resume}: {damage}")
+    newer = [p for p in existing if p.name > chosen.name]
+    if newer:
+        raise UserError(
+            f"run.resume={resume} would go back behind {newer[0]}, which a later run.resume=auto would take up again; "
+            "move that folder away, or set another run.name"
+        )
+    return chosen
+
+
+def clear_remains(run_dir: Path, start_from: Path | None, say: Callable[[str], Any]) -> None:
+    """Delete what killed saves left behind; rename damaged checkpoints newer than `start_from`, which would otherwise count
+    among those to keep and push out whole ones."""
+    for folder in sorted((run_dir / "checkpoints").glob("step_*" + UNFINISHED)):
+        say(f"removing {folder}: its save never finished")
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in _finished_folders(run_dir / "checkpoints"):
+        if start_from is None or folder.name > start_from.name:
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            say(f"renaming {folder} to {folder.rename(aside).name}")
+
+
+# --------------------------------------------------------------------------------------------------------------- resuming
+
+
+def check_fits(
+    checkpoint: Path, manifest: Mapping[str, Any], config: Config, shards: ShardSet, world_size: int
+) -> None:
+    """Refuse to continue another run.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    saved, now = manifest["config"], config_to_dict(config)
+    names = [*MUST_MATCH, *(f"model.{key}" for key in now["model"])]
+    if manifest["tokenizer_sha256"] != shards.tokenizer_sha256:
+        raise UserError(
+            f"{checkpoint} was trained with tokenizer {manifest['tokenizer_sha256'][:12]}, but data.path {config.data.path} "
+            f"has tokenizer {shards.tokenizer_sha256[:12]} (SHA-256); set data.path back or start a new run.name"
+        )
+    for name in names:
+        section, key = name.split(".")
+        if saved[section].get(key) != now[section][key]:
+            raise UserError(
+                f"{checkpoint} was trained with {name}={saved[section].get(key)}, but the config says {now[section][key]}; "
+                "set it back or start a new run.name"
+            )
+    if manifest["dataset_fingerprint"] != shards.fingerprint:
+        raise UserError(
+            f"{checkpoint} was trained on dataset {manifest['dataset_fingerprint'][:12]} ({saved['data']['path']}), but "
+            f"data.path {config.data.path} is dataset {shards.fingerprint[:12]}; set data.path back or start a new run.name"
+        )
+    layout = manifest["layout"]
+    here = {"world_size": world_size, "zero_stage": config.engine.zero_stage, "precision": config.engine.precision}
+    if layout != here:
+        raise UserError(
+            f"{checkpoint} was saved by {_layout_text(layout)}, but this run has {_layout_text(here)}; resharding is not "
+            f"there yet: resume with {_layout_text(layout)}"
+        )
+
+
+def _layout_text(layout: Mapping[str, Any]) -> str:
+    return (
+        f"{layout['world_size']} process{'es' if layout['world_size'] != 1 else ''}, "
+        f"engine.zero_stage={layout['zero_stage']}, engine.precision={layout['precision']}"
+    )
+
+
+def changed_settings(manifest: Mapping[str, Any], config: Config) -> list[str]:
+    """Settings that may differ on resume and do, as `key: old -> new`, for the log."""
+    saved, now = manifest["config"], config_to_dict(config)
+    return [
+        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {value}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if section != "run" and saved.get(section, {}).get(key) != value
+    ]
+
+
+def load_checkpoint(checkpoint: Path, manifest: Mapping[str, Any], engine: Engine, grid: Grid) -> Progress:
+    """Restore weights, optimizer state and random states into a fresh engine. Collective; `check_fits` comes first."""
+    engine.load(checkpoint)
+    states = torch.load(checkpoint / f"rank_{grid.rank}.pt", map_location="cpu", weights_only=False)
+    _restore_random_states(states, grid.device)
+    return Progress(step=manifest["step"], position=manifest["position"], tokens=manifest["tokens"])
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 (the global state is what must be restored)
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _restore_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def full_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Full fp32 master weights of a checkpoint, by state_dict name (a tied head under both of its names).
+
+    Works for every ZeRO stage and world size, in one process without a process group.
+
+    Raises:
+        UserError: the folder is not a complete checkpoint.
+    """
+    from titans_pretrain.train.engine import consolidated_weights
+
+    manifest = read_manifest(checkpoint)
+    return consolidated_weights(Path(checkpoint), manifest["layout"]["zero_stage"])

@@ -1,0 +1,390 @@
+"""How DeepSpeed is used: the only file that imports it.
+
+Everything DeepSpeed does differently by ZeRO stage or dtype ends here; the rest of the package sees forward-backward,
+step, save and load. docs: the facts this relies on were found by trial with DeepSpeed 0.19.8 and are guarded by tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_pretrain.config import Config
+from titans_pretrain.errors import UserError
+from titans_pretrain.model import Titans, weight_decay_applies
+from titans_pretrain.parallel.grid import Grid
+from titans_pretrain.train.durable import write_file
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch\.distributed")
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+
+
+def _import_without_compiler(name: str) -> None:
+    """Import a module of DeepSpeed that decorates a function with torch.compile; loading the compiler for it would cost
+    every process five seconds at start, and nothing here uses the function."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module(name)
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+_import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+
+# On CPU, DeepSpeed would compile this op for half a minute at start; only its inference collectives use it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+DEEPSPEED_FOLDER = "deepspeed"
+"""Sub-folder of a checkpoint that holds DeepSpeed's own files."""
+
+# Top-level DeepSpeed keys an expert may add. DeepSpeed ignores keys it does not know, so they are checked here.
+PASSED_THROUGH = (
+    *("zero_optimization", "bf16", "data_types", "communication_data_type", "sparse_gradients", "disable_allgather"),
+    *("prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer", "aio", "disable_python_gc"),
+    *("comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers"),
+    *("steps_per_print", "log_level"),
+)
+# Keys DeepSpeed knows that would do behind this stack's back what a setting of its own does.
+DECIDED_ELSEWHERE = {
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+    "fp16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "checkpoint": "the checkpoint section",
+    "tensorboard": "log.tensorboard",
+    "csv_monitor": "the run folder's metrics.jsonl",
+    "wandb": "the run folder's metrics.jsonl",
+    "comet": "the run folder's metrics.jsonl",
+    "data_efficiency": "the data section",
+    "tensor_parallel": "the parallel section",
+    "sequence_parallel_size": "the parallel section",
+    "data_parallel_size": "parallel.data",
+    "managed_gradient_accumulation": "data.micro_batch",
+    "gradient_allreduce_op": "the loss, which is already divided by the global token count",
+}
+
+
+class NotFiniteError(Exception):
+    """The gradient norm is not finite. The update was not made: parameters and optimizer state are as before."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(f"gradient norm is {norm}")
+        self.norm = norm
+
+
+class _Root(nn.Module):
+    """The module DeepSpeed is given. Its forward runs any function of the model, so that every pass, training or not,
+    goes through the one forward whose hooks gather ZeRO-3 parameters."""
+
+    def __init__(self, model: Titans) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.model, *arguments)
+
+
+_PREFIX = "model."
+"""What `_Root` puts before parameter names."""
+
+
+def _training_loss(model: Titans, tokens: Tensor, labels: Tensor) -> Tensor:
+    return model(tokens, labels)
+
+
+class Engine:
+    """A model under DeepSpeed with AdamW.
+
+    Args:
+        config: resolved (model.vocab_size set).
+        model: initialised, on the CPU, fp32. DeepSpeed casts, moves and, in stage 3, partitions it in place.
+        grid: this rank's place.
+    """
+
+    def __init__(self, config: Config, model: Titans, grid: Grid) -> None:
+        self.model = model
+        self.stage = config.engine.zero_stage
+        self.device = grid.device
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._adamw = _adamw(config, model, grid.device)
+        with _quiet():
+            deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over the process group of `grid`
+            settings = deepspeed_settings(config, grid)
+            if config.engine.deepspeed:
+                _let_deepspeed_check(settings, config.engine.deepspeed)
+            self._engine, *_ = deepspeed.initialize(model=_Root(model), optimizer=self._adamw, config=settings)
+        self._checkpoint_engine = _RecordingCheckpointEngine()
+        self._engine.checkpoint_engine = self._checkpoint_engine
+        # It copies DeepSpeed's conversion scripts into every checkpoint, and on a full disk would raise on rank 0 alone.
+        self._engine._copy_recovery_script = lambda save_path: None
+
+    def forward_backward(self, tokens: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """Accumulate the gradient of `scale` times the sum of token losses.
+
+        DeepSpeed averages gradients over data ranks, so for the mean over all tokens of a step `scale` is
+        data_size / (valid tokens of the step over all ranks and micro-batches).
+
+        Args:
+            tokens, labels: int64 [rows, seq_len], on any device.
+
+        Returns:
+            this rank's unscaled loss sum, fp32 scalar, detached.
+        """
+        tokens = tokens.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        loss = self._engine(_training_loss, tokens, labels)
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach()
+
+    @property
+    def at_last_micro_batch(self) -> bool:
+        """Whether the running or next micro-batch completes a step."""
+        return self._engine.is_gradient_accumulation_boundary()
+
+    def end_micro_batch(self) -> None:
+        """Between two micro-batches of one step: keep accumulating."""
+        assert not self.at_last_micro_batch
+        self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients. Call after the last micro-batch.
+
+        Returns:
+            the global gradient norm before clipping.
+
+        Raises:
+            NotFiniteError: on every rank, before anything was updated.
+        """
+        assert self.at_last_micro_batch
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            # Stage 0 neither reports the norm nor stops at a bad one. Its gradients are whole on every rank.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                raise NotFiniteError(norm)
+        self._engine.step()
+        if self.stage > 0:
+            # Stages 1 to 3 skip the update on every rank when the norm is not finite, and report it as inf.
+            norm = float(self._engine.get_global_grad_norm())
+        if not self._engine.was_step_applied() or not math.isfinite(norm):
+            raise NotFiniteError(norm)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(model, *arguments)` without gradients, with parameters at hand under every ZeRO stage.
+
+        Collective: all ranks pass the same function and equally shaped tensors.
+        """
+        return self._engine.module(function, *arguments)
+
+    # -------------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_bytes(self) -> int:
+        """Bytes that `save` will write, all ranks together: weights, two fp32 moments, and from stage 1 on fp32 masters."""
+        weight = next(self.model.parameters()).element_size()
+        return self.num_parameters * (weight + 8 + (4 if self.stage > 0 else 0))
+
+    def save(self, folder: Path) -> tuple[dict[str, dict[str, Any]], OSError | None]:
+        """Write DeepSpeed's files under `folder`/deepspeed. Collective.
+
+        Returns:
+            the files this rank wrote, path relative to `folder` -> {"bytes", "sha256"}, and the first error of this
+            rank. An error does not raise here: the other ranks would wait for this one in DeepSpeed's barriers.
+        """
+        self._checkpoint_engine.begin(folder)
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, save_latest=False)
+        return self._checkpoint_engine.written, self._checkpoint_engine.error
+
+    def load(self, folder: Path) -> None:
+        """Restore weights and optimizer state saved with the same world size, stage and precision. Collective."""
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, load_lr_scheduler_states=False)
+        assert path is not None
+
+
+def _adamw(config: Config, model: Titans, device: torch.device) -> torch.optim.AdamW:
+    named = list(model.named_parameters())
+    groups = [
+        {
+            "params": [p for name, p in named if weight_decay_applies(name)],
+            "weight_decay": config.optimizer.weight_decay,
+        },
+        {"params": [p for name, p in named if not weight_decay_applies(name)], "weight_decay": 0.0},
+    ]
+    # An object, not DeepSpeed's "AdamW", which would compile an extension. On CUDA the fused one is as fast.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.optimizer.learning_rate,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+        fused=True if device.type == "cuda" else None,
+    )
+
+
+def micro_batch_rows(config: Config, data_size: int) -> int:
+    """Sequences per rank and forward pass."""
+    return config.data.micro_batch or config.batch_size // data_size
+
+
+def deepspeed_settings(config: Config, grid: Grid) -> dict[str, Any]:
+    """The DeepSpeed config of a run: ours, then the expert's raw keys.
+
+    Raises:
+        UserError: a raw key that this stack sets, that it decides elsewhere, or that DeepSpeed does not know.
+    """
+    rows = micro_batch_rows(config, grid.data_size)
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": config.batch_size // grid.data_size // rows,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        # The defaults accumulate and reduce in the weights' dtype: bf16 would lose small gradients.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        # Offload then works with torch's AdamW instead of one that must be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+    }
+    ours = {
+        key: value for key, value in settings.items() if key not in ("steps_per_print", "zero_force_ds_cpu_optimizer")
+    }
+    raw = config.engine.deepspeed
+    for key in raw:
+        _check_raw_key(key, ours)
+    _merge(settings, raw, ours, "engine.deepspeed")
+    return settings
+
+
+def _let_deepspeed_check(settings: dict[str, Any], raw: Mapping[str, Any]) -> None:
+    try:
+        DeepSpeedConfig(settings)
+    except Exception as error:  # pydantic's, DeepSpeed's own, AssertionError: all mean a bad key or value
+        raise UserError(f"DeepSpeed refuses engine.deepspeed {raw}: {' '.join(str(error).split())}") from error
+
+
+def _check_raw_key(key: str, ours: Mapping[str, Any]) -> None:
+    if key in DECIDED_ELSEWHERE:
+        raise UserError(
+            f"engine.deepspeed.{key} is decided by {DECIDED_ELSEWHERE[key]}; remove it from engine.deepspeed"
+        )
+    if key not in PASSED_THROUGH and key not in ours:
+        near = difflib.get_close_matches(key, sorted(PASSED_THROUGH), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(PASSED_THROUGH))}"
+        raise UserError(f"unknown key engine.deepspeed.{key}; {hint}")
+
+
+def _merge(settings: dict[str, Any], raw: Mapping[str, Any], ours: Mapping[str, Any], name: str) -> None:
+    """Add `raw` to `settings` in place; a leaf that is in `ours` with another value is the user's contradiction."""
+    for key, value in raw.items():
+        if key in ours and isinstance(ours[key], dict) and isinstance(value, Mapping):
+            _merge(settings[key], value, ours[key], f"{name}.{key}")
+        elif key in ours:
+            raise UserError(
+                f"{name}.{key} is {value!r} but this stack sets it to {ours[key]!r} from the config; remove it"
+            )
+        else:
+            settings[key] = value
+
+
+class _RecordingCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's plain torch.save, made durable, checksummed, and silent about errors until all ranks can hear them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin(Path())
+
+    def begin(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: dict[str, dict[str, Any]] = {}
+        self.error: OSError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            entry = write_file(Path(path), lambda file: torch.save(state_dict, file))
+            self.written[str(Path(path).relative_to(self.folder))] = entry
+        except OSError as error:
+            self.error = error
+
+
+def consolidated_weights(folder: Path, stage: int) -> dict[str, Tensor]:
+    """Full fp32 weights from DeepSpeed's files in `folder`/deepspeed, by state_dict name; needs no process group.
+
+    A tied head appears under both of its names.
+    """
+    files = folder / DEEPSPEED_FOLDER
+    if stage == 0:
+        weights = _load(files / "mp_rank_00_model_states.pt")["module"]
+    elif stage == 1 and (shards := list(files.glob("bf16_zero_pp_rank_*_optim_states.pt"))):
+        shards.sort(key=lambda path: int(path.name.split("_")[4]))
+        weights = _bf16_optimizer_weights(_load(files / "mp_rank_00_model_states.pt"), [_load(path) for path in shards])
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # stderr: its progress bars
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
+    return {name.removeprefix(_PREFIX): tensor.detach().to(torch.float32).clone() for name, tensor in weights.items()}
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+
+
+def _bf16_optimizer_weights(model_states: Any, optimizer_states: list[Any]) -> dict[str, Tensor]:
+    """Stage 1 in bf16 with fp32 gradients is another optimizer class, whose files DeepSpeed's own converter refuses: each
+    parameter group is one flat fp32 tensor, cut evenly over the ranks."""
+    weights = {}
+    for group, shapes in enumerate(model_states["param_shapes"]):
+        parts = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"][group] for state in optimizer_states]
+        flat, start = torch.cat(parts), 0
+        for name, shape in shapes.items():
+            weights[name] = flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+    for name, same_as in model_states["shared_params"].items():
+        weights[name] = weights[same_as]
+    return weights
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Silence what DeepSpeed prints on the way; its warnings, which go through a logger, stay."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

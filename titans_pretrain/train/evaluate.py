@@ -1,0 +1,89 @@
+"""How well does the model predict held-out text: the mean token loss on the validation split.
+
+Long sequences are run in pieces of data.seq_len with the model's state carried along, so memory does not grow with the
+length and the state is tested as decoding uses it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_pretrain.config import Config
+from titans_pretrain.data.shards import ShardSet
+from titans_pretrain.data.stream import TokenStream
+from titans_pretrain.model import Titans
+from titans_pretrain.model.titans import ModelState
+from titans_pretrain.parallel.grid import Grid
+from titans_pretrain.train.engine import Engine, micro_batch_rows
+
+PREFIX_TOKENS = 128
+"""Longest validation prefix whose logits go into every checkpoint."""
+
+
+class Evaluation:
+    """The validation sets of a run: one per length in `eval.length_multiples`.
+
+    Raises:
+        UserError: the validation split is too short for one sequence of some length.
+    """
+
+    def __init__(self, config: Config, shards: ShardSet, grid: Grid) -> None:
+        self.grid = grid
+        self.seq_len = config.data.seq_len
+        self.rows = micro_batch_rows(config, grid.data_size)
+        self.streams: dict[int, tuple[TokenStream, int]] = {}
+        for multiple in config.eval.length_multiples:
+            length = multiple * self.seq_len
+            stream = TokenStream(shards, "valid", length, seed=0, shuffle=False)
+            self.streams[multiple] = (stream, max(1, min(config.eval.tokens // length, stream.num_sequences)))
+        stream, _ = next(iter(self.streams.values()))
+        self.prefix = torch.from_numpy(stream.sample(0)[None, : min(PREFIX_TOKENS, self.seq_len)].copy())
+        """int64 [1, n]: the validation tokens whose logits checkpoints keep."""
+
+    def run(self, engine: Engine) -> dict[str, float]:
+        """Mean token loss in nats: {"valid_loss": ...} at seq_len, {"valid_loss_xN": ...} at N times it. Collective."""
+        return {
+            "valid_loss" if multiple == 1 else f"valid_loss_x{multiple}": self._mean_loss(engine, multiple)
+            for multiple in self.streams
+        }
+
+    def _mean_loss(self, engine: Engine, multiple: int) -> float:
+        stream, count = self.streams[multiple]
+        ranks = self.grid.data_size
+        mine = range(self.grid.data_rank, count, ranks)
+        # All ranks run equally many equally shaped batches, or ZeRO-3's gathers would not match up.
+        most = -(-count // ranks)
+        rows = min(self.rows, most)
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, most, rows):
+            tokens, labels = _batch(stream, mine[start : start + rows], rows)
+            state = None
+            for piece in range(multiple):
+                columns = slice(piece * self.seq_len, (piece + 1) * self.seq_len)
+                loss, state = engine.evaluate(
+                    _loss_and_state,
+                    tokens[:, columns].to(self.grid.device),
+                    labels[:, columns].to(self.grid.device),
+                    state,
+                )
+                total += loss.double().cpu()
+        summed = self.grid.gather_numbers([float(total), float(len(mine))]).sum(0)
+        return float(summed[0] / (summed[1] * multiple * self.seq_len))
+
+
+def _batch(stream: TokenStream, indices: range, rows: int) -> tuple[Tensor, Tensor]:
+    """Sequences `indices` -> tokens, labels int64 [rows, length]; missing rows are filled with ignored labels."""
+    tokens = torch.zeros(rows, stream.seq_len, dtype=torch.int64)
+    labels = torch.full((rows, stream.seq_len), -100)
+    for row, index in enumerate(indices):
+        sequence = torch.from_numpy(stream.sample(index))
+        tokens[row], labels[row] = sequence[:-1], sequence[1:]
+    return tokens, labels
+
+
+def _loss_and_state(
+    model: Titans, tokens: Tensor, labels: Tensor, state: ModelState | None
+) -> tuple[Tensor, ModelState]:
+    hidden, state = model.hidden(tokens, state)
+    return model.head(hidden, labels), state

@@ -1,0 +1,213 @@
+"""What happens in a training run, from the config to the last line: one function, read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import titans_pretrain
+from titans_pretrain.config import Config, check_world, config_to_yaml
+from titans_pretrain.data.shards import ShardSet
+from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
+from titans_pretrain.errors import UserError
+from titans_pretrain.model import Titans, initialize
+from titans_pretrain.model.cost import flops_per_token, parameter_counts
+from titans_pretrain.parallel.grid import AgreedError, Grid
+from titans_pretrain.train import checkpoint as checkpoints
+from titans_pretrain.train.checkpoint import Progress
+from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
+from titans_pretrain.train.evaluate import Evaluation
+from titans_pretrain.train.report import Reporter, code_text, memory_in_use
+from titans_pretrain.train.schedule import learning_rate
+from titans_pretrain.train.watch import describe_failure
+
+
+def train(config: Config, grid: Grid) -> Progress:
+    """Train by `config`; every rank of `grid` calls it.
+
+    Returns:
+        where the run stands at the end.
+
+    Raises:
+        AgreedError: on all ranks, for whatever the user can mend.
+    """
+    check_world(config, grid.world_size)
+    run_dir = config.run_dir
+
+    # Data and run folder
+    with grid.agreed():
+        shards = open_dataset(config)
+        config = resolve(config, shards)
+        stream = TokenStream(shards, "train", config.data.seq_len, seed=config.run.seed)
+        evaluation = Evaluation(config, shards, grid)
+        make_run_dir(run_dir)
+        report = Reporter(config, run_dir, grid)
+    report.say(f"{grid.started_by}; device {grid.device}")
+    with grid.agreed():
+        if grid.is_first:
+            start_from = checkpoints.choose_resume(run_dir, config.run.resume, report.say)
+            manifest = checkpoints.read_manifest(start_from) if start_from else None
+            if start_from and manifest:
+                checkpoints.check_fits(start_from, manifest, config, shards, grid.world_size)
+            checkpoints.clear_remains(run_dir, start_from, report.say)
+            report.say(config_to_yaml(config))
+            (run_dir / "config.yaml").write_text(config_to_yaml(config))
+            (run_dir / "code.txt").write_text(code_text(Path(titans_pretrain.__file__).parent))
+    start_from, manifest = grid.from_first((start_from, manifest) if grid.is_first else None)
+
+    # Model and engine
+    model = Titans(config.model, loss_chunk=config.engine.loss_chunk)
+    initialize(model, config.run.seed)
+    model.activation_checkpointing = config.engine.activation_checkpointing
+    engine = Engine(config, model, grid)
+    rows = micro_batch_rows(config, grid.data_size)
+    millions = parameter_counts(config.model)["total"] / 1e6
+    report.say(
+        f"{config.model.variant} with {millions:.2f}M parameters; {config.num_steps} steps of "
+        f"{config.data.batch_tokens:,} tokens = {grid.data_size} ranks x {config.batch_size // grid.data_size // rows} "
+        f"micro-batches x {rows} sequences x {config.data.seq_len}; ZeRO stage {config.engine.zero_stage}, "
+        f"{config.engine.precision}; {shards.num_tokens('train'):,} training tokens in the data"
+    )
+
+    # Resume
+    progress = Progress()
+    last_saved = start_from
+    if start_from is not None:
+        progress = checkpoints.load_checkpoint(start_from, manifest, engine, grid)
+        report.say(f"resumed from {start_from} at step {progress.step}, sequence {progress.position}")
+        for change in checkpoints.changed_settings(manifest, config):
+            report.say(f"changed since that checkpoint: {change}")
+    report.start(progress, flops_per_token(config.model, config.data.seq_len))
+    if progress.step == 0:
+        report.evaluation(progress, evaluation.run(engine))
+
+    loader = BatchLoader(
+        stream,
+        batch_size=config.batch_size,
+        micro_batch=rows,
+        data_rank=grid.data_rank,
+        data_size=grid.data_size,
+        start=progress.position,
+        prefetch=config.data.prefetch,
+    )
+    first_step = progress.step
+    try:
+        while progress.step < config.num_steps:
+            started = time.perf_counter()
+
+            # Read one optimizer step of this rank; the loss is divided by the valid tokens of all ranks.
+            batch: list[MicroBatch] = []
+            failure: UserError | None = None
+            try:
+                batch = next(loader)
+            except UserError as error:
+                failure = error
+            valid = sum(int((labels != -100).sum()) for _, labels in batch)
+            counted = grid.gather_numbers([valid, failure is not None]).sum(0)
+            if counted[1]:
+                grid.raise_agreed(failure)
+            num_valid = float(counted[0])
+            scale = grid.data_size / num_valid
+            next_progress = Progress(progress.step + 1, loader.position, progress.tokens + config.data.batch_tokens)
+            rate = learning_rate(next_progress.tokens, config.schedule, config.optimizer)
+
+            # Forward and backward
+            wants_signals = next_progress.step % config.log.interval == 0
+            local_loss = 0.0
+            for index, (tokens, labels) in enumerate(batch):
+                if index:
+                    engine.end_micro_batch()
+                model.set_signals(wants_signals and index == len(batch) - 1)
+                local_loss += float(engine.forward_backward(tokens, labels, scale))
+            signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
+            shared = grid.gather_numbers([local_loss, memory_in_use(grid.device), *signals.values()])
+            loss = float(shared[:, 0].sum()) / num_valid
+
+            # Update, unless something is no longer a number
+            if not math.isfinite(loss):
+                stop_not_finite(
+                    "loss", loss, next_progress.step, describe_failure(engine, batch, scale, grid), last_saved
+                )
+            try:
+                norm = engine.step(rate)
+            except NotFiniteError as error:
+                cause = describe_failure(engine, batch, scale, grid)
+                stop_not_finite("gradient norm", error.norm, next_progress.step, cause, last_saved)
+            progress = next_progress
+            report.step(
+                progress,
+                loss=loss,
+                grad_norm=norm,
+                learning_rate=rate,
+                seconds=time.perf_counter() - started,
+                memory_bytes=float(shared[:, 1].max()),
+                signals=dict(zip(signals, shared[:, 2:].mean(0).tolist(), strict=True)),
+            )
+
+            # Evaluate and save
+            stopping = progress.step == config.num_steps or progress.step - first_step == config.run.stop_after
+            if progress.step == config.num_steps or every(config.eval.interval, progress.step):
+                model.set_signals(False)
+                report.evaluation(progress, evaluation.run(engine))
+            if stopping or every(config.checkpoint.interval, progress.step):
+                last_saved = checkpoints.save_checkpoint(
+                    run_dir, progress, engine, grid, config, shards, evaluation.prefix
+                )
+                report.say(f"saved {last_saved}")
+            if stopping:
+                break
+        report.summary(progress, shards.unigram_entropy, last_saved)
+    except AgreedError as error:
+        report.note(f"stopped: {error}")
+        raise
+    finally:
+        loader.close()
+        report.close()
+    return progress
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether `step` is one of those `interval` asks for; 0 asks for none."""
+    return interval > 0 and step % interval == 0
+
+
+def open_dataset(config: Config) -> ShardSet:
+    """The dataset at data.path."""
+    if not config.data.path:
+        raise UserError("data.path is empty: set it to a folder written by tokenizer/build_shards.py")
+    return ShardSet.open(config.data.path)
+
+
+def resolve(config: Config, shards: ShardSet) -> Config:
+    """`config` with model.vocab_size taken from the data where it is 0."""
+    vocab_size = config.model.vocab_size or shards.vocab_size
+    if vocab_size < shards.vocab_size:
+        raise UserError(
+            f"model.vocab_size ({vocab_size}) is below the {shards.vocab_size} tokens of the dataset's tokenizer; "
+            "set model.vocab_size=0 to take it from the data"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Create the run folder."""
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create run folder {run_dir}: {error.strerror}; change run.dir or run.name") from error
+
+
+def stop_not_finite(what: str, value: float, step: int, cause: str, last_saved: Path | None) -> NoReturn:
+    """End the run on all ranks with one sentence.
+
+    Raises:
+        AgreedError: always.
+    """
+    saved = f"the last checkpoint is {last_saved}" if last_saved else "there is no checkpoint yet"
+    raise AgreedError(
+        f"the {what} is {value} at step {step}: {cause}; the update was not made and {saved}; if the data is sound, lower "
+        "optimizer.learning_rate or lengthen schedule.warmup_fraction"
+    )
