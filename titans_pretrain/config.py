@@ -143,7 +143,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The token stream (data.md)."""
+    """The token stream."""
 
     path: str = ""
     """Directory written by tokenizer/build_shards.py (index.json and shards). Required."""
@@ -203,7 +203,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Precision, memory savings, and DeepSpeed (engine.md)."""
+    """Precision, memory savings, and DeepSpeed."""
 
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and parameters. Default 1: shards
@@ -222,7 +222,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving (engine.md)."""
+    """Saving."""
 
     interval: int = 1000
     """Steps between checkpoints; the last step is always saved. 0: only the last."""

@@ -57,7 +57,7 @@ def rule_for(name: str, config: ModelConfig) -> Rule:
             return rule
     if name.endswith(".initial_weights.0"):
         # Keys have unit norm, not unit channels: 1 gives unit pre-activations. At 1 / sqrt(head_dim) the layer norm behind
-        # divides by something small, and the outer gradient norm spiked to 73 where it now stays near 1 (method.md 1b).
+        # divides by something small, and the outer gradient norm spiked to 73 where it now stays near 1 (docs/method.md 1c).
         return Rule("normal", 1.0)
     if ".initial_weights." in name:
         return Rule("fan_in", 1.0)
