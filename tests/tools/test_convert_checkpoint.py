@@ -243,7 +243,12 @@ def test_comparison_refuses_nan_and_measures_what_it_says() -> None:
     assert compare(logits, logits + 3.0, "bf16", 1).relative_rms == pytest.approx(
         0.0, abs=1e-6
     )  # no probability changes
-    assert not compare(logits, logits + 2e-5, "fp32", 1).agree
+    for scale in (0.01, 1.0):  # the largest logit is 3.4: 1e-5 of it, and never below 1e-5
+        limit = 1e-5 * max(1.0, (scale * logits).abs().max().item())
+        one_off = torch.zeros_like(logits)
+        one_off[0, 2, 7] = limit
+        assert compare(scale * logits, scale * logits + 0.9 * one_off, "fp32", 1).agree
+        assert not compare(scale * logits, scale * logits + 1.2 * one_off, "fp32", 1).agree
     assert compare(logits, 1.01 * logits, "bf16", 1).relative_rms == pytest.approx(0.01, rel=1e-3)
     assert not compare(logits, 1.04 * logits, "bf16", 1).agree
     assert compare(logits, 1.04 * logits, "bf16", 4).agree

@@ -23,7 +23,7 @@ from titans_pretrain.train.checkpoint import find_checkpoints, full_fp32_weights
 from titans_pretrain.train.evaluate import Evaluation
 
 
-@pytest.mark.parametrize("variant", ["mac", "mag", "sliding_window"])
+@pytest.mark.parametrize("variant", ["mac", "mal", "sliding_window"])
 def test_every_layout_gives_the_mean_over_the_first_sequences(variant: str, dataset: Path, tmp_path: Path) -> None:
     """7 sequences of one length and 3 of thrice the length, over 2 ranks in micro-batches of 2: rows are left over in both."""
 

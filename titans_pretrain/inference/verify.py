@@ -23,7 +23,10 @@ from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.inference.export import load_export, read_info
 
 FP32_TOLERANCE = 1e-5
-"""Largest absolute difference of a logit when trainer and export both compute in fp32: only the order of sums differs."""
+"""Largest absolute difference of a logit over the largest logit (or over 1, if that is larger) when trainer and export both
+compute in fp32. Only the order of sums differs, which follows from where the weights lie in memory and from the number of
+threads. Measured on a 4-block model with logits up to 10.4: export against trainer 3.8e-6, either against float64 6.2e-6;
+both grow with the logits, so an absolute 1e-5 would refuse sound exports of well-trained models."""
 
 BF16_TOLERANCE = 2.0**-5
 """Largest root mean square of the difference over that of the logits, per square root of the number of blocks, where bf16 is
@@ -68,7 +71,7 @@ def compare(expected: Tensor, actual: Tensor, computed_in: str, num_layers: int)
     rms = difference.square().mean().sqrt().item()
     relative_rms = rms / scale if scale else math.inf if rms else 0.0
     if computed_in == "fp32":
-        measured, tolerance = max_difference, FP32_TOLERANCE
+        measured, tolerance = max_difference, FP32_TOLERANCE * max(1.0, expected.abs().max().item())
     else:
         measured, tolerance = relative_rms, BF16_TOLERANCE * math.sqrt(num_layers)
     return Comparison(expected.shape[1], max_difference, relative_rms, computed_in, tolerance, measured <= tolerance)

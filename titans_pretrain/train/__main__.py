@@ -34,27 +34,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from titans_pretrain.train.environment import find_environment, join
 
     environment = find_environment()
-    speaks = environment.rank == 0
+    shared = True  # whether every rank meets the error, so that one can say it for all
     try:
         config = load_config(path, overrides)
         check_world(config, environment.world_size)
+        shared = False
+        grid = join(environment, config.run.device)
+        # After the device is chosen: DeepSpeed settles on its accelerator when it is imported.
         import torch.distributed
 
         from titans_pretrain.parallel.grid import AgreedError
         from titans_pretrain.train.loop import train
 
         try:
-            train(config, join(environment, config.run.device))
-            torch.distributed.destroy_process_group()
+            train(config, grid)
         except AgreedError:
+            shared = True
             raise
-        except UserError:
-            speaks = True  # nobody else knows of it
-            raise
+        torch.distributed.destroy_process_group()
     except UserError:
-        if speaks:
+        if environment.rank == 0 or not shared:
             raise
-        # All ranks end for the same reason and rank 0 says it; leave it the time, since a launcher kills at the first exit.
+        # Rank 0 says it; leave it the time, since a launcher ends all ranks at the first exit.
         time.sleep(1.0)
         sys.exit(1)
 

@@ -133,6 +133,8 @@ class Engine:
         with _quiet():
             deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over the process group of `grid`
             settings = deepspeed_settings(config, grid)
+            # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model.
+            settings["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, self.num_parameters))
             if config.engine.deepspeed:
                 _let_deepspeed_check(settings, config.engine.deepspeed)
             self._engine, *_ = deepspeed.initialize(model=_Root(model), optimizer=self._adamw, config=settings)

@@ -173,10 +173,12 @@ class Reporter:
         if evaluations:
             first, last = evaluations[0], evaluations[-1]
             for name in (n for n in last if n.startswith("valid_loss")):
-                fall = f", from {first[name]:.4f} at step {first['step']}" if name in first else ""
+                fall = (
+                    f", from {first[name]:.4f} at step {first['step']}" if last is not first and name in first else ""
+                )
                 lines.append(
-                    f"{name} {last[name]:.4f} nats per token{fall}; perplexity {perplexity(last[name]):,.2f}; "
-                    f"unigram entropy of the data {unigram_entropy:.4f}"
+                    f"{name} {last[name]:.4f} nats per token at step {last['step']}{fall}; "
+                    f"perplexity {perplexity(last[name]):,.2f}; unigram entropy of the data {unigram_entropy:.4f}"
                 )
         if steps:
             seconds = sum(row["seconds"] for row in steps)
