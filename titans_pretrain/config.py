@@ -251,7 +251,7 @@ class EvalConfig:
     interval: int = 500
     """Steps between evaluations; the first and last step are always evaluated. 0: only those."""
     tokens: int = 1_048_576
-    """Validation tokens per evaluation, rounded down to whole sequences and to what the split holds."""
+    """Validation tokens per evaluation, rounded down to whole sequences (at least one) and to what the split holds."""
     length_multiples: tuple[int, ...] = (1,)
     """Sequence lengths to evaluate at, as multiples of data.seq_len, the memory state carried over the whole length.
     Each adds a pass; multiples above 1 are logged as valid_loss_xN."""

@@ -67,9 +67,7 @@ class Generation:
     def __next__(self) -> int:
         if self.remaining == 0:
             raise StopIteration
-        if (
-            self._pending is not None
-        ):  # the last token enters the state only now: after the very last one nothing needs it
+        if self._pending is not None:  # it enters the state only now: after the very last token nothing needs it
             self._logits, self.state = advance(self.model, [self._pending], self.state)
         logits = self._logits[: self.num_tokens or None]
         token = sample(logits, self.options, self.generator)
