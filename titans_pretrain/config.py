@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import textwrap
 import typing
@@ -131,6 +132,12 @@ class ModelConfig:
     @property
     def memory_hidden_dim(self) -> int:
         return int(self.memory_expansion * self.memory_head_dim)
+
+    @property
+    def memory_shapes(self) -> list[tuple[int, int]]:
+        """(in, out) of each weight matrix of the memory network."""
+        hidden = [self.memory_hidden_dim] * (self.memory_depth - 1)
+        return list(itertools.pairwise([self.memory_head_dim, *hidden, self.memory_head_dim]))
 
     @property
     def resolved_theta_max(self) -> float:

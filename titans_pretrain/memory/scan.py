@@ -68,25 +68,6 @@ def memory_scan(
 ) -> tuple[Tensor, MemoryState, dict[str, Tensor]]: ...
 
 
-@overload
-def memory_scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_gamma: Tensor | None,
-    log_eta: Tensor | None,
-    theta: Tensor,
-    initial_weights: Sequence[Tensor],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    state: MemoryState | None = None,
-    options: MemoryOptions = DEFAULT_OPTIONS,
-    *,
-    path: str = "auto",
-    return_signals: bool,
-) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, dict[str, Tensor]]: ...
-
-
 def memory_scan(
     q: Tensor,
     k: Tensor,

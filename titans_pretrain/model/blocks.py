@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.memory import begin_chunk
 from titans_pretrain.model.attention import Attention, AttentionState
 from titans_pretrain.model.attention_scores import attend, segment_mask, with_prefix
 from titans_pretrain.model.layers import FeedForward, RMSNorm, rotate
@@ -220,6 +219,6 @@ class MACBlock(Block):
         place = first + length
         state = state._replace(memory=memory, context=(h, own), place=place)
         if place == self.segment_len:  # the next segment begins: it reads what the memory knows now
-            memory = memory._replace(memory=begin_chunk(memory.memory))
+            memory = memory.close_chunk()
             state = state._replace(memory=memory, recalled=memory.memory.weights, context=None, place=0)
         return self.gate(y, m), state

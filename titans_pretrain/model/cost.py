@@ -7,8 +7,6 @@ per token (the persistent tokens' own pass), is left out.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from titans_pretrain.config import ModelConfig
@@ -84,7 +82,7 @@ def _memory_flops(config: ModelConfig, seq_len: int) -> float:
     kinds = 1 + config.memory_momentum + config.memory_forgetting
     gates = kinds * heads * (config.memory_depth if config.memory_per_layer_gates else 1)
     flops = 2.0 * dim * (5 * dim + gates) + 3 * 2.0 * config.conv_kernel * dim
-    widths = _widths(config)
+    widths = config.memory_shapes
     if config.variant == "mac":
         read = 2.0 * heads * sum(a * b for a, b in widths) + 2.0 * 4 * dim**2  # the way out, then attention's k and v
         segments = _pieces(seq_len, config.segment_len)
@@ -113,15 +111,6 @@ def scan_tile_flops(config: ModelConfig, widths: list[tuple[int, int]], tile: in
     both = config.memory_momentum and config.memory_forgetting
     gates = config.memory_depth * (tile * tile + tile) if both else 0
     return 2.0 * tile * (forward + deltas + reads + updates + inside + gates)
-
-
-def _widths(config: ModelConfig) -> list[tuple[int, int]]:
-    sizes = [
-        config.memory_head_dim,
-        *[config.memory_hidden_dim] * (config.memory_depth - 1),
-        config.memory_head_dim,
-    ]
-    return list(itertools.pairwise(sizes))
 
 
 def _pieces(total: int, size: int) -> list[int]:

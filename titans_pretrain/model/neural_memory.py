@@ -5,7 +5,6 @@ Shapes: b batch, t time, c channels, h memory heads, d memory head_dim, l weight
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -46,9 +45,8 @@ class NeuralMemory(nn.Module):
         self.eta_gate = nn.Linear(dim, gates) if config.memory_momentum else None
         self.alpha_gate = nn.Linear(dim, gates) if config.memory_forgetting else None
 
-        widths = [head_dim, *[config.memory_hidden_dim] * (config.memory_depth - 1), head_dim]
         self.initial_weights = nn.ParameterList(
-            nn.Parameter(torch.empty(heads, rows, columns)) for rows, columns in itertools.pairwise(widths)
+            nn.Parameter(torch.empty(heads, rows, columns)) for rows, columns in config.memory_shapes
         )
         self.inner_norm_weight = nn.Parameter(torch.empty(heads, head_dim)) if config.memory_residual_norm else None
         self.inner_norm_bias = nn.Parameter(torch.empty(heads, head_dim)) if config.memory_residual_norm else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_pretrain.memory import MemoryState, memory_scan
+from titans_pretrain.memory import memory_scan
 from titans_pretrain.model.attention_scores import causal_attention, window_attention
 
 
@@ -41,6 +41,3 @@ class LocalSequence:
     def memory_scan(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """See titans_pretrain.memory.memory_scan."""
         return memory_scan(*args, **kwargs)
-
-
-__all__ = ["LocalSequence", "MemoryState"]
