@@ -1,0 +1,79 @@
+"""The scan as Triton kernels, a path of memory/path.py. Loads without the package triton; running needs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
+from titans_pretrain.memory.state import MemoryOptions
+from titans_pretrain.memory.triton.shapes import HEAD_DIMS, MAX_CHUNK, TILE, TILE_CHUNKS, Shapes
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+OPERAND_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def why_not(inputs: ScanInputs, offset: int, options: MemoryOptions) -> str | None:
+    """As `ScanPath.why_not`. Under Triton's interpreter the CPU, fp32 operands and narrower heads are welcome too."""
+    q, depth = inputs.q, len(inputs.initial_weights)
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if q.device.type != "cuda" and not interpreted:
+        return f"runs on a CUDA device, not on {q.device.type}"
+    if q.dtype != torch.bfloat16 and not (interpreted and q.dtype in OPERAND_DTYPES):
+        return f"multiplies in bfloat16, but q is {_name(q.dtype)}"
+    if inputs.theta.dtype != torch.float32:
+        return f"keeps its state in float32, but is asked for {_name(inputs.theta.dtype)}"
+    if depth != 2:
+        return f"takes memories of 2 layers, not {depth}"
+    width, hidden = inputs.initial_weights[0].shape[-2:]
+    if width not in ((16, 32, *HEAD_DIMS) if interpreted else HEAD_DIMS):
+        return f"takes head_dim {' or '.join(map(str, HEAD_DIMS))}, not {width}"
+    multiple = 16 if interpreted else 64
+    if hidden % multiple:
+        return f"takes a hidden layer that is a multiple of {multiple} wide, not {hidden}"
+    chunk = options.chunk_size
+    if chunk not in TILE_CHUNKS and (chunk % TILE or chunk > MAX_CHUNK):
+        return f"takes chunks of {', '.join(map(str, TILE_CHUNKS))} or a multiple of {TILE} to {MAX_CHUNK}, not {chunk}"
+    if offset:
+        return f"starts at the start of a chunk, not {offset} tokens into one"
+    if inputs.document_starts is not None and inputs.log_gamma is not None and options.forget_toward == "zero":
+        return "resets the memory at document starts only with forget_toward 'init'"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _launch() -> ModuleType:
+    from titans_pretrain.memory.triton import launch  # needs the package triton
+
+    return launch
+
+
+def forward(inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool, save: bool) -> ScanResult:
+    """As `ScanPath.forward`."""
+    return _launch().forward(inputs, options, save)
+
+
+def backward(
+    inputs: ScanInputs, offset: int, options: MemoryOptions, saved: tuple[Tensor, ...], grads: ResultGradients
+) -> ScanGradients:
+    """As `ScanPath.backward`."""
+    return _launch().backward(inputs, options, saved, grads)
+
+
+def saved_like(inputs: ScanInputs, offset: int, options: MemoryOptions) -> tuple[Tensor, ...]:
+    """D2 [b, t, h, d] in q's dtype, and the state at every checkpoint in fp32."""
+    shapes = Shapes.of(inputs, options)
+    matrix = shapes.head_dim * shapes.slice
+    state = (shapes.pairs, shapes.checkpoints, shapes.slices, 4, matrix)
+    return inputs.q.new_empty(inputs.q.shape), inputs.q.new_empty(state, dtype=torch.float32)

@@ -1,0 +1,219 @@
+"""Kernels of the forward pass: the sequential state pass, and the reads, which are parallel over tiles.
+
+The state is carried as M = W - base with base = W_init where forgetting is toward it, else 0: the recurrence is then the same
+for both ways of forgetting, and `base` shows only where weights are read. A range of tiles is worked off at a time, so that
+the scratch arrays stay small; `states` [n, tiles, SLICES, 4, D * SLICE] holds (M1, M2, S1, S2) before each tile of the range
+in the operand type, `running` [n, 1, SLICES, 4, D * SLICE] the state between two ranges in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from titans_pretrain.memory.triton.parts import (
+    activate,
+    activate_with_slope,
+    at_slice,
+    dot,
+    first_layer,
+    gate_offsets,
+    load_gates,
+    normalize,
+    reach,
+    second_layer,
+    through_norm,
+    token_offsets,
+)
+
+
+@triton.jit
+def load_anchor(
+    states, base, n, h, local, j, tiles,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Both layers' weights before tile `local` of the range: the point at which gradients are taken."""
+    at = states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE)
+    a1 = tl.load(at + first_layer(D, SLICE))
+    a2 = tl.load(at + D * SLICE + second_layer(D, SLICE))
+    if BASE:
+        b = base + (h * SLICES + j) * (2 * D * SLICE)
+        a1 = (a1.to(tl.float32) + tl.load(b + first_layer(D, SLICE)).to(tl.float32)).to(OPERAND)
+        a2 = (a2.to(tl.float32) + tl.load(b + D * SLICE + second_layer(D, SLICE)).to(tl.float32)).to(OPERAND)
+    return a1, a2
+
+
+@triton.jit
+def inner_gradient(y, k, v, gain, bias, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """The error M(k) - v and the gradient of 0.5 * error^2 with respect to the network's output y."""
+    if NORM:
+        normalized, inverse_std = normalize(y, eps, D)
+        error = k + gain * normalized + bias - v
+        return error, through_norm(error * gain, normalized, inverse_std, D)
+    else:
+        return y - v, y - v
+
+
+@triton.jit
+def state_forward(
+    k, v, rows, ends, base, gain, bias, starts,
+    running, states, slope, checkpoints, anchor, surprise,
+    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
+    SAVE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Walk tiles first_tile <= i < last_tile in order. Reads and leaves `running`; writes `states`, the loss gradient at the
+    network's output `slope` [b, t, h, d], every CHECKPOINT_EVERY-th tile's state in fp32 and the anchor of `anchor_tile`.
+    Grid (n,): one program a (batch, head) pair; the hidden slices follow each other and the state lives in L2."""
+    n = tl.program_id(0)
+    h = n % H
+    SIZE: tl.constexpr = D * SLICE
+    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
+    d = tl.arange(0, D)
+    i = tl.arange(0, TILE)
+    tiles = last_tile - first_tile
+    g, b = 0.0, 0.0
+    if NORM:
+        g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
+
+    for j in range(SLICES):
+        run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+        out = states + at_slice(n, 0, j, tiles, SLICES, 4, SIZE)
+        tl.store(out + o1, tl.load(run + o1).to(OPERAND))
+        tl.store(out + SIZE + o2, tl.load(run + SIZE + o2).to(OPERAND))
+        tl.store(out + 2 * SIZE + o1, tl.load(run + 2 * SIZE + o1).to(OPERAND))
+        tl.store(out + 3 * SIZE + o2, tl.load(run + 3 * SIZE + o2).to(OPERAND))
+    tl.debug_barrier()
+
+    total = 0.0
+    for tile in range(first_tile, last_tile):
+        local = tile - first_tile
+        chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
+        at, valid = token_offsets(n, tile, T, H, D, TILE)
+        keys = tl.load(k + at, mask=valid, other=0.0).to(OPERAND)
+        y = tl.zeros([TILE, D], tl.float32)
+        for j in range(SLICES):
+            a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
+            y += dot(activate(dot(keys, a1), GELU).to(OPERAND), a2)
+        values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
+        error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, NORM)
+        total += tl.sum(tl.where(valid, error * error, 0.0))
+        d2b = d2.to(OPERAND)
+        tl.store(slope + at, d2b, mask=valid)
+
+        row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
+        end = ends + (n.to(tl.int64) * all_tiles + tile) * 8
+        p1, r1 = tl.load(row + 2 * TILE)[:, None], tl.load(row + 3 * TILE)[:, None]
+        p2, r2 = tl.load(row + 6 * TILE)[:, None], tl.load(row + 7 * TILE)[:, None]
+        beta1, f1, m1 = tl.load(end), tl.load(end + 1), tl.load(end + 2)
+        beta2, f2, m2 = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
+        keep = 1.0
+        if STARTS:
+            if (tile + 1) % TILES_PER_CHUNK == 0:
+                if tile + 1 < all_tiles:
+                    keep = 1.0 - tl.load(starts + (n // H) * chunks + (tile + 1) // TILES_PER_CHUNK)
+        pd2, rd2 = (p2 * d2).to(OPERAND), (r2 * d2).to(OPERAND)
+        keys_t = tl.trans(keys)
+        for j in range(SLICES):
+            a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
+            x, bend = activate_with_slope(dot(keys, a1), GELU)
+            d1 = dot(d2b, tl.trans(a2)) * bend
+            x_t = tl.trans(x.to(OPERAND))
+            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+            w, s = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
+            new_w1 = keep * (beta1 * w + f1 * s - dot(keys_t, (p1 * d1).to(OPERAND)))
+            new_s1 = keep * (m1 * s - dot(keys_t, (r1 * d1).to(OPERAND)))
+            w, s = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
+            new_w2 = keep * (beta2 * w + f2 * s - dot(x_t, pd2))
+            new_s2 = keep * (m2 * s - dot(x_t, rd2))
+            tl.store(run + o1, new_w1)
+            tl.store(run + SIZE + o2, new_w2)
+            tl.store(run + 2 * SIZE + o1, new_s1)
+            tl.store(run + 3 * SIZE + o2, new_s2)
+            if tile + 1 < last_tile:
+                out = states + at_slice(n, local + 1, j, tiles, SLICES, 4, SIZE)
+                tl.store(out + o1, new_w1.to(OPERAND))
+                tl.store(out + SIZE + o2, new_w2.to(OPERAND))
+                tl.store(out + 2 * SIZE + o1, new_s1.to(OPERAND))
+                tl.store(out + 3 * SIZE + o2, new_s2.to(OPERAND))
+            if tile + 1 == anchor_tile:
+                out = anchor + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
+                tl.store(out + o1, new_w1)
+                tl.store(out + SIZE + o2, new_w2)
+            if SAVE:
+                if (tile + 1) % CHECKPOINT_EVERY == 0:
+                    if tile + 1 < all_tiles:
+                        count = (all_tiles - 1) // CHECKPOINT_EVERY
+                        out = checkpoints + at_slice(n, tile // CHECKPOINT_EVERY, j, count, SLICES, 4, SIZE)
+                        tl.store(out + o1, new_w1)
+                        tl.store(out + SIZE + o2, new_w2)
+                        tl.store(out + 2 * SIZE + o1, new_s1)
+                        tl.store(out + 3 * SIZE + o2, new_s2)
+        tl.debug_barrier()
+    tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
+
+
+@triton.jit
+def read_tile(
+    queries, keys, d2b, states, base, n, h, local, chunk_start, tiles,
+    beta1, f1, beta2, f2, reach1, scores, D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr,
+    TILE: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """A tile's reads before what its own second-layer updates add: (the network's output so far [TILE, D], Zbar Z'
+    [TILE, TILE] by which those updates enter)."""
+    SIZE: tl.constexpr = D * SLICE
+    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
+    y = tl.zeros([TILE, D], tl.float32)
+    overlap = tl.zeros([TILE, TILE], tl.float32)
+    within = (reach1 * scores).to(OPERAND)
+    for j in range(SLICES):
+        a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
+        x, bend = activate_with_slope(dot(keys, a1), GELU)
+        d1 = (dot(d2b, tl.trans(a2)) * bend).to(OPERAND)
+        at = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
+        z = beta1 * dot(queries, tl.load(at + o1)) + f1 * dot(queries, tl.load(at + 2 * SIZE + o1)) - dot(within, d1)
+        if BASE:
+            z += dot(queries, tl.load(base + (h * SLICES + j) * (2 * SIZE) + o1))
+        zbar = activate(z, GELU).to(OPERAND)
+        overlap += dot(zbar, tl.trans(x.to(OPERAND)))
+        y += beta2 * dot(zbar, tl.load(at + SIZE + o2)) + f2 * dot(zbar, tl.load(at + 3 * SIZE + o2))
+        if BASE:
+            y += dot(zbar, tl.load(base + (h * SLICES + j) * (2 * SIZE) + SIZE + o2))
+    return y, overlap
+
+
+@triton.jit
+def output_forward(
+    q, k, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out,
+    T, H, eps, first_tile, tiles, all_tiles,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """out [b, t, h, d]: every token's read, its own update included. Grid (tiles of the range, n)."""
+    local, n = tl.program_id(0), tl.program_id(1)
+    tile = first_tile + local
+    h = n % H
+    chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
+    at, valid = token_offsets(n, tile, T, H, D, TILE)
+    queries = tl.load(q + at, mask=valid, other=0.0).to(OPERAND)
+    keys = tl.load(k + at, mask=valid, other=0.0).to(OPERAND)
+    d2b = tl.load(slope + at, mask=valid, other=0.0)
+    go, gv = gate_offsets(n, tile, 0, T, H, TILE)
+    lg, le, th = load_gates(log_gamma, log_eta, theta, go, gv, FORGET, MOMENTUM)
+    reach1 = reach(lg, le, th, TILE, OPERAND)
+    row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + tl.arange(0, TILE)
+    beta1, f1 = tl.load(row)[:, None], tl.load(row + TILE)[:, None]
+    beta2, f2 = tl.load(row + 4 * TILE)[:, None], tl.load(row + 5 * TILE)[:, None]
+    y, overlap = read_tile(
+        queries, keys, d2b, states, base, n, h, local, chunk_start, tiles, beta1, f1, beta2, f2,
+        reach1, dot(queries, tl.trans(keys)), D, SLICE, SLICES, TILE, BASE, GELU, OPERAND,
+    )  # fmt: skip
+    lg, le, th = load_gates(log_gamma, log_eta, theta, go + 1, gv, FORGET, MOMENTUM)
+    y -= dot((reach(lg, le, th, TILE, OPERAND) * overlap).to(OPERAND), d2b)
+    if NORM:
+        d = tl.arange(0, D)
+        normalized, _ = normalize(y, eps, D)
+        y = queries.to(tl.float32) + normalized * tl.load(gain + h * D + d)[None, :] + tl.load(bias + h * D + d)[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=valid)

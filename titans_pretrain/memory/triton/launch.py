@@ -1,0 +1,227 @@
+"""The host's side of the kernels: arrays, ranges, launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch import Tensor
+
+from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
+from titans_pretrain.memory.state import MemoryOptions
+from titans_pretrain.memory.triton.backward_kernels import output_backward, state_backward, state_rebuild
+from titans_pretrain.memory.triton.forward_kernels import output_forward, state_forward
+from titans_pretrain.memory.triton.gate_kernels import gate_rows, gates_backward
+from titans_pretrain.memory.triton.shapes import Shapes
+
+_OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class _Call:
+    """What forward and backward prepare alike: contiguous arguments, the base, the gate rows, the kernels' constants."""
+
+    def __init__(self, inputs: ScanInputs, options: MemoryOptions) -> None:
+        self.shapes = s = Shapes.of(inputs, options)
+        self.q, self.k, self.v = (x.contiguous() for x in inputs[:3])
+        self.theta = inputs.theta.contiguous()
+        # A gate that is switched off is never read; the kernels want some pointer in its place.
+        self.log_gamma = self.theta if inputs.log_gamma is None else inputs.log_gamma.contiguous()
+        self.log_eta = self.theta if inputs.log_eta is None else inputs.log_eta.contiguous()
+        self.toward_init = inputs.document_starts is not None or (
+            inputs.log_gamma is not None and options.forget_toward == "init"
+        )
+        w1, w2 = inputs.initial_weights
+        self.base = self.pack(w1, w2).to(self.q.dtype) if self.toward_init else self.q
+        self.norm = inputs.norm_weight is not None
+        self.gain = self.theta if inputs.norm_weight is None else inputs.norm_weight.float().contiguous()
+        self.bias = self.theta if inputs.norm_bias is None else inputs.norm_bias.float().contiguous()
+        starts = inputs.document_starts
+        self.starts = self.theta if starts is None else starts.to(torch.float32).contiguous()
+
+        operand = _OPERANDS[self.q.dtype]
+        tile: dict[str, Any] = {"TILE": s.tile}
+        gates = {"FORGET": inputs.log_gamma is not None, "MOMENTUM": inputs.log_eta is not None, "OPERAND": operand}
+        self.gate_constants = {**tile, **gates}
+        network = {
+            "D": s.head_dim, "SLICE": s.slice, "SLICES": s.slices, **tile, "TILES_PER_CHUNK": s.tiles_per_chunk,
+            "BASE": self.toward_init, "GELU": options.activation == "gelu",
+        }  # fmt: skip
+        self.output_constants = {**network, **gates, "NORM": self.norm}
+        self.state_constants = {**network, "OPERAND": operand, "STARTS": starts is not None}
+        self.eps = options.norm_eps
+        self.anchor_tile = -1 if s.open_chunk is None else s.open_chunk
+
+        self.rows = self.floats(s.pairs, s.tiles, 2, 4, s.tile)
+        self.ends = self.floats(s.pairs, s.tiles, 2, 4)
+        gate_rows[(s.tiles, s.pairs, 2)](
+            self.log_gamma, self.log_eta, self.theta, self.rows, self.ends, s.length, s.heads, s.tiles,
+            **self.gate_constants, num_warps=4,
+        )  # fmt: skip
+
+        # The state before token 0: M = W - base, S; nothing where a document starts.
+        moved = [w - w0 if self.toward_init else w for w, w0 in zip(inputs.weights, inputs.initial_weights, strict=True)]
+        self.initial = torch.cat([self.pack(*moved), self.pack(*inputs.momentum)], -2).flatten(0, 1).unsqueeze(1)
+        if starts is not None:
+            self.initial *= (1.0 - self.starts[:, :1]).repeat_interleave(s.heads, 0)[..., None, None, None]
+
+    def floats(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return self.q.new_zeros(shape, dtype=torch.float32)
+
+    def pack(self, first: Tensor, second: Tensor) -> Tensor:
+        """[..., d, hidden] and [..., hidden, d] -> [..., slices, 2, d * slice]."""
+        cut = (self.shapes.slices, self.shapes.slice)
+        return torch.stack(
+            [first.unflatten(-1, cut).movedim(-2, -3).flatten(-2), second.unflatten(-2, cut).flatten(-2)], -2
+        )
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `pack`."""
+        width, size = self.shapes.head_dim, self.shapes.slice
+        first, second = packed.unbind(-2)
+        return (
+            first.unflatten(-1, (width, size)).movedim(-3, -2).flatten(-2).contiguous(),
+            second.unflatten(-1, (size, width)).flatten(-3, -2).contiguous(),
+        )
+
+    def per_head(self, packed: Tensor) -> Tensor:
+        """[b * h, 1, ...] -> [b, h, ...]"""
+        return packed[:, 0].unflatten(0, (self.shapes.batch, self.shapes.heads))
+
+
+def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResult:
+    """The scan from the start of a chunk."""
+    with torch.device(inputs.q.device), _on(inputs.q):
+        call = _Call(inputs, options)
+        s = call.shapes
+        out, slope = torch.empty_like(call.q), torch.empty_like(call.q)
+        checkpoints = call.floats(s.pairs, s.checkpoints if save else 0, s.slices, 4, s.head_dim * s.slice)
+        running = call.initial.clone()
+        anchor = call.initial[..., :2, :].contiguous() if s.open_chunk == 0 else call.floats(*running.shape[:-2], 2, running.shape[-1])
+        surprise = call.zeros(s.pairs)
+        for first, tiles in s.ranges(backward=False):
+            states = call.q.new_empty(s.pairs, tiles, *running.shape[2:])
+            state_forward[(s.pairs,)](
+                call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts,
+                running, states, slope, checkpoints, anchor, surprise,
+                s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks, call.anchor_tile,
+                **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, NORM=call.norm, SAVE=save, num_warps=8,
+            )  # fmt: skip
+            output_forward[(tiles, s.pairs)](
+                call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, call.bias,
+                states, slope, out, s.length, s.heads, call.eps, first, tiles, s.tiles,
+                **call.output_constants, num_warps=4,
+            )  # fmt: skip
+
+        weights = call.unpack(call.per_head(running[..., :2, :]))
+        anchors = () if s.open_chunk is None else call.unpack(call.per_head(anchor))
+        if call.toward_init:
+            for matrices in (weights, anchors):
+                for w, w0 in zip(matrices, inputs.initial_weights, strict=False):
+                    w += w0
+        momentum = call.unpack(call.per_head(running[..., 2:, :]))
+        return ScanResult(out, weights, momentum, anchors, surprise.sum(), (slope, checkpoints) if save else ())
+
+
+def backward(
+    inputs: ScanInputs, options: MemoryOptions, saved: tuple[Tensor, ...], grads: ResultGradients
+) -> ScanGradients:
+    """The gradient of every input of `forward`."""
+    with torch.device(inputs.q.device), _on(inputs.q):
+        call = _Call(inputs, options)
+        s = call.shapes
+        slope, checkpoints = saved
+        out_grad = grads.out.contiguous()
+        q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+        theta_grad = torch.empty_like(call.theta)
+        log_gamma_grad = theta_grad if inputs.log_gamma is None else torch.empty_like(theta_grad)
+        log_eta_grad = theta_grad if inputs.log_eta is None else torch.empty_like(theta_grad)
+        size = s.head_dim * s.slice
+        running = call.zeros(s.pairs, 1, s.slices, 4, size)
+        for part, given in ((0, grads.weights), (2, grads.momentum)):
+            if given:
+                running[..., part : part + 2, :] = call.pack(*given).flatten(0, 1).unsqueeze(1)
+        base_grad = call.zeros(s.pairs, 1, s.slices, 2, size)
+        chunk_grad = torch.zeros_like(base_grad) if s.tiles_per_chunk > 1 else base_grad
+        anchor_grad = call.pack(*grads.anchor).flatten(0, 1).unsqueeze(1).contiguous() if grads.anchor else base_grad
+        read_grad = call.zeros(s.heads, s.slices, 2, size)
+        norm_grad = call.zeros(s.pairs, 2, s.head_dim)
+
+        for first, tiles in reversed(list(s.ranges(backward=True))):
+            states = call.q.new_empty(s.pairs, tiles, s.slices, 4, size)
+            stretches = -(-tiles // s.checkpoint_every)
+            state_rebuild[(s.pairs, s.slices, stretches)](
+                call.k, call.rows, call.ends, call.base, call.starts, slope, checkpoints, call.initial, states,
+                s.length, s.heads, first, tiles, s.tiles, s.chunks,
+                **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, num_warps=8,
+            )  # fmt: skip
+            update = torch.empty_like(states)
+            k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.head_dim) for _ in range(2))
+            hidden_part, slope1_part = (call.q.new_empty(s.pairs, tiles, s.slices, s.tile, s.slice) for _ in range(2))
+            query_hidden, query_hidden_grad, output_grad = hidden_part, hidden_part, call.q
+            if call.toward_init:
+                query_hidden, query_hidden_grad = torch.empty_like(hidden_part), torch.empty_like(hidden_part)
+                output_grad = call.q.new_empty(s.pairs, tiles, s.tile, s.head_dim)
+            reach_grad = call.q.new_empty(s.pairs, tiles, 2, s.tile, s.tile)
+            rows_grad, ends_grad = call.floats(s.pairs, tiles, 2, 4, s.tile), call.floats(s.pairs, tiles, 2, 4)
+            read_norm_grad = call.floats(s.pairs, tiles if call.norm else 0, 2, s.head_dim)
+            output_backward[(tiles, s.pairs)](
+                call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, states, slope,
+                out_grad, q_grad, k_part, slope_part, hidden_part, slope1_part, query_hidden, query_hidden_grad,
+                output_grad, update, reach_grad, rows_grad, read_norm_grad,
+                s.length, s.heads, call.eps, first, tiles, s.tiles, **call.output_constants, num_warps=8,
+            )  # fmt: skip
+            state_backward[(s.pairs,)](
+                call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts, states, slope,
+                anchor_grad, update, k_part, slope_part, hidden_part, slope1_part,
+                k_grad, v_grad, running, chunk_grad, base_grad, rows_grad, ends_grad, norm_grad,
+                s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks,
+                call.anchor_tile if grads.anchor else -1, **call.state_constants, NORM=call.norm, num_warps=8,
+            )  # fmt: skip
+            gates_backward[(tiles, s.pairs, 2)](
+                call.log_gamma, call.log_eta, call.theta, reach_grad, rows_grad, ends_grad,
+                log_gamma_grad, log_eta_grad, theta_grad, s.length, s.heads, first, tiles,
+                **call.gate_constants, num_warps=4,
+            )  # fmt: skip
+            norm_grad += read_norm_grad.sum(1)
+            if call.toward_init:
+                read_grad += _read_gradient(call, first, tiles, query_hidden, query_hidden_grad, output_grad)
+
+        d_moved, d_momentum = call.per_head(running[..., :2, :]), call.per_head(running[..., 2:, :])
+        initial_grads: tuple[Tensor, ...]
+        if call.toward_init:
+            d_base = read_grad + call.per_head(base_grad).sum(0) - d_moved.sum(0)
+            initial_grads = call.unpack(d_base)
+            for given in (grads.weights, grads.anchor):
+                for total, grad in zip(initial_grads, given, strict=False):
+                    total += grad.sum(0)
+        else:
+            initial_grads = tuple(torch.zeros_like(w) for w in inputs.initial_weights)
+        norms = norm_grad.unflatten(0, (s.batch, s.heads)).sum(0).unbind(1)
+        return ScanGradients(
+            q_grad, k_grad, v_grad,
+            None if inputs.log_gamma is None else log_gamma_grad, None if inputs.log_eta is None else log_eta_grad,
+            theta_grad, initial_grads, norms[0] if call.norm else None, norms[1] if call.norm else None,
+            call.unpack(d_moved), call.unpack(d_momentum), (),
+        )  # fmt: skip
+
+
+def _read_gradient(
+    call: _Call, first: int, tiles: int, query_hidden: Tensor, query_hidden_grad: Tensor, output_grad: Tensor
+) -> Tensor:
+    """What the reads of a range of tiles say about the base, [h, slices, 2, d * slice]: Q' d_Abar and Zbar' d_O."""
+    s = call.shapes
+    heads, span = (s.batch, s.heads), s.tile * tiles
+    queries = call.q[:, first * s.tile : first * s.tile + span]
+    queries = F.pad(queries, (0, 0, 0, 0, 0, span - queries.shape[1])).unflatten(1, (tiles, s.tile))
+    layer1 = torch.einsum("bcihd,bhcjik->hjdk", queries, query_hidden_grad.unflatten(0, heads))
+    layer2 = torch.einsum("bhcjik,bhcid->hjkd", query_hidden.unflatten(0, heads), output_grad.unflatten(0, heads))
+    return torch.stack([layer1.flatten(-2), layer2.flatten(-2)], -2).float()
+
+
+def _on(x: Tensor) -> Any:
+    return torch.cuda.device_of(x)

@@ -1,0 +1,144 @@
+"""Pieces shared by the kernels: products, the nonlinearity, layer norm, gate matrices, and where things lie in memory.
+
+A tile is TILE consecutive tokens of one (batch, head) pair; inside a kernel its matrices are [TILE, channels] in fp32, rounded
+to the operand type (bf16 on a GPU) only where they enter a product. The hidden layer is worked off in slices of SLICE channels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+MIN_LOG_GATE = tl.constexpr(-100.0)
+"""As in memory/gates.py."""
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b with fp32 sums; both must already be of the operand type."""
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def activate(x, GELU: tl.constexpr):
+    """act(x)"""
+    if GELU:
+        return x * (0.5 * tl.erf(x * 0.7071067811865476) + 0.5)
+    else:
+        return x * tl.sigmoid(x)
+
+
+@triton.jit
+def activate_with_slope(x, GELU: tl.constexpr):
+    """act(x), act'(x)"""
+    if GELU:
+        cumulative = 0.5 * tl.erf(x * 0.7071067811865476) + 0.5
+        density = tl.exp(-0.5 * x * x) * 0.3989422804014327
+        return x * cumulative, cumulative + x * density
+    else:
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+
+
+@triton.jit
+def activate_with_curvature(x, GELU: tl.constexpr):
+    """act(x), act'(x), act''(x)"""
+    if GELU:
+        cumulative = 0.5 * tl.erf(x * 0.7071067811865476) + 0.5
+        density = tl.exp(-0.5 * x * x) * 0.3989422804014327
+        return x * cumulative, cumulative + x * density, density * (2.0 - x * x)
+    else:
+        sigmoid = tl.sigmoid(x)
+        falling = sigmoid * (1.0 - sigmoid)
+        return x * sigmoid, sigmoid + x * falling, falling * (2.0 + x * (1.0 - 2.0 * sigmoid))
+
+
+@triton.jit
+def normalize(x, eps, D: tl.constexpr):
+    """Rows of x with mean 0 and variance 1, and 1 / their standard deviations [TILE, 1]."""
+    centred = x - (tl.sum(x, 1) / D)[:, None]
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)[:, None]
+    return centred * inverse_std, inverse_std
+
+
+@triton.jit
+def through_norm(grad, normalized, inverse_std, D: tl.constexpr):
+    """The gradient with respect to x of `normalize(x)`, from that of its first result. The map is its own transpose."""
+    mean = (tl.sum(grad, 1) / D)[:, None]
+    along = (tl.sum(grad * normalized, 1) / D)[:, None]
+    return inverse_std * (grad - mean - normalized * along)
+
+
+@triton.jit
+def gate_products(log_gate, TILE: tl.constexpr):
+    """[t, i] = prod_{i<r<=t} gate_r for i <= t, else 0. The mask comes before exp: above the diagonal exp overflows."""
+    i = tl.arange(0, TILE)
+    sums = tl.cumsum(log_gate, 0)
+    return tl.exp(tl.where(i[:, None] >= i[None, :], sums[:, None] - sums[None, :], float("-inf")))
+
+
+@triton.jit
+def load_log_gate(gate, PRESENT: tl.constexpr, absent, offsets, valid):
+    """One log gate of a tile's tokens; `absent` where the gate is switched off; 0 past the end of the sequence."""
+    if PRESENT:
+        return tl.maximum(tl.load(gate + offsets, mask=valid, other=0.0), MIN_LOG_GATE)
+    else:
+        return tl.where(valid, absent, 0.0)
+
+
+@triton.jit
+def load_gates(log_gamma, log_eta, theta, offsets, valid, FORGET: tl.constexpr, MOMENTUM: tl.constexpr):
+    """log gamma, log eta, theta of a tile's tokens [TILE]. Without momentum eta is 0; past the end theta is."""
+    return (
+        load_log_gate(log_gamma, FORGET, 0.0, offsets, valid),
+        load_log_gate(log_eta, MOMENTUM, MIN_LOG_GATE, offsets, valid),
+        tl.load(theta + offsets, mask=valid, other=0.0),
+    )
+
+
+@triton.jit
+def reach(log_gamma, log_eta, theta, TILE: tl.constexpr, OPERAND: tl.constexpr):
+    """P = G E diag(theta) [TILE, TILE] of a tile (memory/gates.py)."""
+    g = gate_products(log_gamma, TILE).to(OPERAND)
+    e = gate_products(log_eta, TILE).to(OPERAND)
+    return dot(g, e) * theta[None, :]
+
+
+@triton.jit
+def gate_offsets(n, tile, layer: tl.constexpr, T, H, TILE: tl.constexpr):
+    """Where the gates [b, t, h, 2] of a tile's tokens lie, and which of the tokens exist."""
+    t = tile * TILE + tl.arange(0, TILE)
+    return (((n // H) * T + t) * H + n % H) * 2 + layer, t < T
+
+
+@triton.jit
+def token_offsets(n, tile, T, H, D: tl.constexpr, TILE: tl.constexpr):
+    """Where a tile of [b, t, h, d] lies, and which of its tokens exist [TILE, 1]."""
+    t = tile * TILE + tl.arange(0, TILE)
+    rows = ((n // H).to(tl.int64) * T + t) * H + n % H
+    return rows[:, None] * D + tl.arange(0, D)[None, :], (t < T)[:, None]
+
+
+@triton.jit
+def first_layer(D: tl.constexpr, SLICE: tl.constexpr):
+    """Offsets of a slice [D, SLICE] of the first layer's matrix."""
+    return tl.arange(0, D)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
+
+
+@triton.jit
+def second_layer(D: tl.constexpr, SLICE: tl.constexpr):
+    """Offsets of a slice [SLICE, D] of the second layer's matrix."""
+    return tl.arange(0, SLICE)[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def at_slice(n, tile, slice_index, tiles, SLICES: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    """Start of a slice in an array [n, tiles, SLICES, PARTS, SIZE]."""
+    return ((n.to(tl.int64) * tiles + tile) * SLICES + slice_index) * (PARTS * SIZE)

@@ -1,0 +1,97 @@
+"""How a scan is cut up for the kernels: tiles, hidden slices, checkpoints and ranges. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from titans_pretrain.memory.path import ScanInputs
+from titans_pretrain.memory.state import MemoryOptions
+
+TILE = 64
+"""Tokens of a tile in chunks of 64 and more; a shorter chunk is one tile."""
+
+HEAD_DIMS = (64, 128)
+TILE_CHUNKS = (16, 32, 64)
+MAX_CHUNK = 4096
+
+SCRATCH_BYTES = 1 << 30
+"""What the scratch arrays of a range of tiles may take. Larger ranges give more programs at a time and fewer launches; at
+1 GiB a range has over a thousand tiles at every shape we use."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Everything the launches need to know beside the tensors."""
+
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    hidden: int
+    chunk: int
+    operand_bytes: int
+
+    @staticmethod
+    def of(inputs: ScanInputs, options: MemoryOptions) -> Shapes:
+        batch, length, heads, head_dim = inputs.q.shape
+        hidden = inputs.initial_weights[0].shape[-1]
+        return Shapes(batch, length, heads, head_dim, hidden, options.chunk_size, inputs.q.element_size())
+
+    @property
+    def pairs(self) -> int:
+        """(batch, head) pairs, n in the kernels."""
+        return self.batch * self.heads
+
+    @property
+    def tile(self) -> int:
+        return min(self.chunk, TILE)
+
+    @property
+    def tiles_per_chunk(self) -> int:
+        return self.chunk // self.tile
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.length // self.tile)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that begin inside the sequence."""
+        return -(-self.length // self.chunk)
+
+    @property
+    def slice(self) -> int:
+        """Hidden channels worked on at a time: a [head_dim, slice] matrix in fp32 is at most 16 KiB."""
+        return min(self.hidden, 64 if self.head_dim <= 64 else 32)
+
+    @property
+    def slices(self) -> int:
+        return self.hidden // self.slice
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Tiles between two saved states, whole chunks: about 2 * hidden tokens, so that the saved states are of the size of
+        q, k, v and the output together, whatever the chunk."""
+        return self.tiles_per_chunk * max(1, round(2 * self.hidden / self.chunk))
+
+    @property
+    def checkpoints(self) -> int:
+        """Saved states; the first one, before token 0, is an input."""
+        return (self.tiles - 1) // self.checkpoint_every
+
+    @property
+    def open_chunk(self) -> int | None:
+        """The first tile of a chunk that is open at the end of the sequence."""
+        return None if self.length % self.chunk == 0 else self.length // self.chunk * self.tiles_per_chunk
+
+    def ranges(self, backward: bool) -> Iterator[tuple[int, int]]:
+        """(first tile, tiles) of runs that begin at a checkpoint and whose scratch arrays fit SCRATCH_BYTES, in order."""
+        matrix = self.head_dim * self.hidden * self.operand_bytes
+        rows = self.tile * self.hidden * self.operand_bytes
+        bytes_per_tile = self.pairs * (8 * matrix + 4 * rows if backward else 4 * matrix)
+        step = self.checkpoint_every
+        step *= max(1, math.floor(SCRATCH_BYTES / bytes_per_tile / step))
+        for first in range(0, self.tiles, step):
+            yield first, min(step, self.tiles - first)
