@@ -19,6 +19,7 @@ from titans_pretrain.memory.triton.parts import (
     first_layer,
     gate_offsets,
     load_gates,
+    narrow,
     normalize,
     reach,
     second_layer,
@@ -28,19 +29,41 @@ from titans_pretrain.memory.triton.parts import (
 
 
 @triton.jit
+def load_anchor_1(
+    states, base, n, h, local, j, tiles,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """A slice of the first layer's weights before tile `local` of the range: the point at which gradients are taken."""
+    a = tl.load(states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE) + first_layer(D, SLICE))
+    if BASE:
+        b = tl.load(base + (h * SLICES + j) * (2 * D * SLICE) + first_layer(D, SLICE))
+        a = narrow(a.to(tl.float32) + b.to(tl.float32), OPERAND)
+    return a
+
+
+@triton.jit
+def load_anchor_2(
+    states, base, n, h, local, j, tiles,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """The second layer's."""
+    a = tl.load(states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE) + D * SLICE + second_layer(D, SLICE))
+    if BASE:
+        b = tl.load(base + (h * SLICES + j) * (2 * D * SLICE) + D * SLICE + second_layer(D, SLICE))
+        a = narrow(a.to(tl.float32) + b.to(tl.float32), OPERAND)
+    return a
+
+
+@triton.jit
 def load_anchor(
     states, base, n, h, local, j, tiles,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Both layers' weights before tile `local` of the range: the point at which gradients are taken."""
-    at = states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE)
-    a1 = tl.load(at + first_layer(D, SLICE))
-    a2 = tl.load(at + D * SLICE + second_layer(D, SLICE))
-    if BASE:
-        b = base + (h * SLICES + j) * (2 * D * SLICE)
-        a1 = (a1.to(tl.float32) + tl.load(b + first_layer(D, SLICE)).to(tl.float32)).to(OPERAND)
-        a2 = (a2.to(tl.float32) + tl.load(b + D * SLICE + second_layer(D, SLICE)).to(tl.float32)).to(OPERAND)
-    return a1, a2
+    """Both layers'."""
+    return (
+        load_anchor_1(states, base, n, h, local, j, tiles, D, SLICE, SLICES, BASE, OPERAND),
+        load_anchor_2(states, base, n, h, local, j, tiles, D, SLICE, SLICES, BASE, OPERAND),
+    )
 
 
 @triton.jit
@@ -80,10 +103,10 @@ def state_forward(
     for j in range(SLICES):
         run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
         out = states + at_slice(n, 0, j, tiles, SLICES, 4, SIZE)
-        tl.store(out + o1, tl.load(run + o1).to(OPERAND))
-        tl.store(out + SIZE + o2, tl.load(run + SIZE + o2).to(OPERAND))
-        tl.store(out + 2 * SIZE + o1, tl.load(run + 2 * SIZE + o1).to(OPERAND))
-        tl.store(out + 3 * SIZE + o2, tl.load(run + 3 * SIZE + o2).to(OPERAND))
+        tl.store(out + o1, narrow(tl.load(run + o1), OPERAND))
+        tl.store(out + SIZE + o2, narrow(tl.load(run + SIZE + o2), OPERAND))
+        tl.store(out + 2 * SIZE + o1, narrow(tl.load(run + 2 * SIZE + o1), OPERAND))
+        tl.store(out + 3 * SIZE + o2, narrow(tl.load(run + 3 * SIZE + o2), OPERAND))
     tl.debug_barrier()
 
     total = 0.0
@@ -91,15 +114,15 @@ def state_forward(
         local = tile - first_tile
         chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
         at, valid = token_offsets(n, tile, T, H, D, TILE)
-        keys = tl.load(k + at, mask=valid, other=0.0).to(OPERAND)
+        keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
         y = tl.zeros([TILE, D], tl.float32)
         for j in range(SLICES):
             a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-            y += dot(activate(dot(keys, a1), GELU).to(OPERAND), a2)
+            y += dot(narrow(activate(dot(keys, a1), GELU), OPERAND), a2)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
         error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, NORM)
         total += tl.sum(tl.where(valid, error * error, 0.0))
-        d2b = d2.to(OPERAND)
+        d2b = narrow(d2, OPERAND)
         tl.store(slope + at, d2b, mask=valid)
 
         row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
@@ -113,17 +136,17 @@ def state_forward(
             if (tile + 1) % TILES_PER_CHUNK == 0:
                 if tile + 1 < all_tiles:
                     keep = 1.0 - tl.load(starts + (n // H) * chunks + (tile + 1) // TILES_PER_CHUNK)
-        pd2, rd2 = (p2 * d2).to(OPERAND), (r2 * d2).to(OPERAND)
+        pd2, rd2 = narrow(p2 * d2, OPERAND), narrow(r2 * d2, OPERAND)
         keys_t = tl.trans(keys)
         for j in range(SLICES):
             a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
             x, bend = activate_with_slope(dot(keys, a1), GELU)
             d1 = dot(d2b, tl.trans(a2)) * bend
-            x_t = tl.trans(x.to(OPERAND))
+            x_t = tl.trans(narrow(x, OPERAND))
             run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
             w, s = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
-            new_w1 = keep * (beta1 * w + f1 * s - dot(keys_t, (p1 * d1).to(OPERAND)))
-            new_s1 = keep * (m1 * s - dot(keys_t, (r1 * d1).to(OPERAND)))
+            new_w1 = keep * (beta1 * w + f1 * s - dot(keys_t, narrow(p1 * d1, OPERAND)))
+            new_s1 = keep * (m1 * s - dot(keys_t, narrow(r1 * d1, OPERAND)))
             w, s = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
             new_w2 = keep * (beta2 * w + f2 * s - dot(x_t, pd2))
             new_s2 = keep * (m2 * s - dot(x_t, rd2))
@@ -133,10 +156,10 @@ def state_forward(
             tl.store(run + 3 * SIZE + o2, new_s2)
             if tile + 1 < last_tile:
                 out = states + at_slice(n, local + 1, j, tiles, SLICES, 4, SIZE)
-                tl.store(out + o1, new_w1.to(OPERAND))
-                tl.store(out + SIZE + o2, new_w2.to(OPERAND))
-                tl.store(out + 2 * SIZE + o1, new_s1.to(OPERAND))
-                tl.store(out + 3 * SIZE + o2, new_s2.to(OPERAND))
+                tl.store(out + o1, narrow(new_w1, OPERAND))
+                tl.store(out + SIZE + o2, narrow(new_w2, OPERAND))
+                tl.store(out + 2 * SIZE + o1, narrow(new_s1, OPERAND))
+                tl.store(out + 3 * SIZE + o2, narrow(new_s2, OPERAND))
             if tile + 1 == anchor_tile:
                 out = anchor + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
                 tl.store(out + o1, new_w1)
@@ -166,17 +189,17 @@ def read_tile(
     o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
     y = tl.zeros([TILE, D], tl.float32)
     overlap = tl.zeros([TILE, TILE], tl.float32)
-    within = (reach1 * scores).to(OPERAND)
+    within = narrow(reach1 * scores, OPERAND)
     for j in range(SLICES):
         a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
         x, bend = activate_with_slope(dot(keys, a1), GELU)
-        d1 = (dot(d2b, tl.trans(a2)) * bend).to(OPERAND)
+        d1 = narrow(dot(d2b, tl.trans(a2)) * bend, OPERAND)
         at = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
         z = beta1 * dot(queries, tl.load(at + o1)) + f1 * dot(queries, tl.load(at + 2 * SIZE + o1)) - dot(within, d1)
         if BASE:
             z += dot(queries, tl.load(base + (h * SLICES + j) * (2 * SIZE) + o1))
-        zbar = activate(z, GELU).to(OPERAND)
-        overlap += dot(zbar, tl.trans(x.to(OPERAND)))
+        zbar = narrow(activate(z, GELU), OPERAND)
+        overlap += dot(zbar, tl.trans(narrow(x, OPERAND)))
         y += beta2 * dot(zbar, tl.load(at + SIZE + o2)) + f2 * dot(zbar, tl.load(at + 3 * SIZE + o2))
         if BASE:
             y += dot(zbar, tl.load(base + (h * SLICES + j) * (2 * SIZE) + SIZE + o2))
@@ -197,8 +220,8 @@ def output_forward(
     h = n % H
     chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
     at, valid = token_offsets(n, tile, T, H, D, TILE)
-    queries = tl.load(q + at, mask=valid, other=0.0).to(OPERAND)
-    keys = tl.load(k + at, mask=valid, other=0.0).to(OPERAND)
+    queries = narrow(tl.load(q + at, mask=valid, other=0.0), OPERAND)
+    keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
     d2b = tl.load(slope + at, mask=valid, other=0.0)
     go, gv = gate_offsets(n, tile, 0, T, H, TILE)
     lg, le, th = load_gates(log_gamma, log_eta, theta, go, gv, FORGET, MOMENTUM)
@@ -211,9 +234,13 @@ def output_forward(
         reach1, dot(queries, tl.trans(keys)), D, SLICE, SLICES, TILE, BASE, GELU, OPERAND,
     )  # fmt: skip
     lg, le, th = load_gates(log_gamma, log_eta, theta, go + 1, gv, FORGET, MOMENTUM)
-    y -= dot((reach(lg, le, th, TILE, OPERAND) * overlap).to(OPERAND), d2b)
+    y -= dot(narrow(reach(lg, le, th, TILE, OPERAND) * overlap, OPERAND), d2b)
     if NORM:
         d = tl.arange(0, D)
         normalized, _ = normalize(y, eps, D)
-        y = queries.to(tl.float32) + normalized * tl.load(gain + h * D + d)[None, :] + tl.load(bias + h * D + d)[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=valid)
+        y = (
+            queries.to(tl.float32)
+            + normalized * tl.load(gain + h * D + d)[None, :]
+            + tl.load(bias + h * D + d)[None, :]
+        )
+    tl.store(out + at, narrow(y, out.dtype.element_ty), mask=valid)

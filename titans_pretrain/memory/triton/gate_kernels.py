@@ -11,6 +11,7 @@ from titans_pretrain.memory.triton.parts import (
     gate_offsets,
     gate_products,
     load_gates,
+    narrow,
     reach,
 )
 
@@ -70,18 +71,18 @@ def gates_backward(
     d_P = tl.load(reach_grad + at * (TILE * TILE) + i[:, None] * TILE + i[None, :]).to(tl.float32)
     d_P += tl.where(last[:, None], d_p[None, :], 0.0)
 
-    c = dot(G.to(OPERAND), E.to(OPERAND))
-    d_c = (d_P * th[None, :]).to(OPERAND)
+    c = dot(narrow(G, OPERAND), narrow(E, OPERAND))
+    d_c = narrow(d_P * th[None, :], OPERAND)
     d_theta = tl.sum(d_P * c, 0) + d_r * tl.sum(tl.where(last[:, None], E, 0.0), 0)
     tl.store(theta_grad + offsets + layer, d_theta, mask=valid)
     if FORGET:
-        flow = tl.where(causal, dot(d_c, tl.trans(E).to(OPERAND)) + d_f[:, None] * m[None, :], 0.0) * G
+        flow = tl.where(causal, dot(d_c, narrow(tl.trans(E), OPERAND)) + d_f[:, None] * m[None, :], 0.0) * G
         each = tl.sum(flow, 1) - tl.sum(flow, 0) + d_beta * beta
         d_lg = tl.sum(tl.where(causal, each[:, None], 0.0), 0)
         clamped = tl.load(log_gamma + offsets + layer, mask=valid, other=0.0) < MIN_LOG_GATE
         tl.store(log_gamma_grad + offsets + layer, tl.where(clamped, 0.0, d_lg), mask=valid)
     if MOMENTUM:
-        d_E = dot(tl.trans(G).to(OPERAND), d_c) + tl.where(last[:, None], (d_r * th)[None, :], 0.0)
+        d_E = dot(narrow(tl.trans(G), OPERAND), d_c) + tl.where(last[:, None], (d_r * th)[None, :], 0.0)
         d_m = tl.sum(G * d_f[:, None], 0) + tl.where(last, tl.load(end + 2), 0.0)
         flow = tl.where(causal, d_E, 0.0) * E
         each = tl.sum(flow, 1) - tl.sum(flow, 0) + d_m * m

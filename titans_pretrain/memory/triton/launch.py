@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
 from titans_pretrain.memory.state import MemoryOptions
-from titans_pretrain.memory.triton.backward_kernels import output_backward, state_backward, state_rebuild
+from titans_pretrain.memory.triton.backward_kernels import (
+    read_backward_1,
+    read_backward_2,
+    state_backward,
+    state_rebuild,
+)
 from titans_pretrain.memory.triton.forward_kernels import output_forward, state_forward
 from titans_pretrain.memory.triton.gate_kernels import gate_rows, gates_backward
 from titans_pretrain.memory.triton.shapes import Shapes
@@ -49,6 +54,9 @@ class _Call:
             "BASE": self.toward_init, "GELU": options.activation == "gelu",
         }  # fmt: skip
         self.output_constants = {**network, **gates, "NORM": self.norm}
+        self.layer1_constants = {
+            name: x for name, x in self.output_constants.items() if name not in ("TILES_PER_CHUNK", "GELU")
+        }
         self.state_constants = {**network, "OPERAND": operand, "STARTS": starts is not None}
         self.eps = options.norm_eps
         self.anchor_tile = -1 if s.open_chunk is None else s.open_chunk
@@ -61,7 +69,9 @@ class _Call:
         )  # fmt: skip
 
         # The state before token 0: M = W - base, S; nothing where a document starts.
-        moved = [w - w0 if self.toward_init else w for w, w0 in zip(inputs.weights, inputs.initial_weights, strict=True)]
+        moved = [
+            w - w0 if self.toward_init else w for w, w0 in zip(inputs.weights, inputs.initial_weights, strict=True)
+        ]
         self.initial = torch.cat([self.pack(*moved), self.pack(*inputs.momentum)], -2).flatten(0, 1).unsqueeze(1)
         if starts is not None:
             self.initial *= (1.0 - self.starts[:, :1]).repeat_interleave(s.heads, 0)[..., None, None, None]
@@ -101,7 +111,11 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
         out, slope = torch.empty_like(call.q), torch.empty_like(call.q)
         checkpoints = call.floats(s.pairs, s.checkpoints if save else 0, s.slices, 4, s.head_dim * s.slice)
         running = call.initial.clone()
-        anchor = call.initial[..., :2, :].contiguous() if s.open_chunk == 0 else call.floats(*running.shape[:-2], 2, running.shape[-1])
+        anchor = (
+            call.initial[..., :2, :].contiguous()
+            if s.open_chunk == 0
+            else call.floats(*running.shape[:-2], 2, running.shape[-1])
+        )
         surprise = call.zeros(s.pairs)
         for first, tiles in s.ranges(backward=False):
             states = call.q.new_empty(s.pairs, tiles, *running.shape[2:])
@@ -123,7 +137,10 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
             for matrices in (weights, anchors):
                 for w, w0 in zip(matrices, inputs.initial_weights, strict=False):
                     w += w0
-        momentum = call.unpack(call.per_head(running[..., 2:, :]))
+        if inputs.log_eta is None:
+            momentum = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs.momentum)
+        else:
+            momentum = call.unpack(call.per_head(running[..., 2:, :]))
         return ScanResult(out, weights, momentum, anchors, surprise.sum(), (slope, checkpoints) if save else ())
 
 
@@ -143,59 +160,60 @@ def backward(
         size = s.head_dim * s.slice
         running = call.zeros(s.pairs, 1, s.slices, 4, size)
         for part, given in ((0, grads.weights), (2, grads.momentum)):
-            if given:
+            if given and (part == 0 or inputs.log_eta is not None):
                 running[..., part : part + 2, :] = call.pack(*given).flatten(0, 1).unsqueeze(1)
-        base_grad = call.zeros(s.pairs, 1, s.slices, 2, size)
-        chunk_grad = torch.zeros_like(base_grad) if s.tiles_per_chunk > 1 else base_grad
-        anchor_grad = call.pack(*grads.anchor).flatten(0, 1).unsqueeze(1).contiguous() if grads.anchor else base_grad
-        read_grad = call.zeros(s.heads, s.slices, 2, size)
+        anchor_grad = call.pack(*grads.anchor).flatten(0, 1).unsqueeze(1).contiguous() if grads.anchor else running
+        chunk_grad = call.zeros(s.pairs, 1, s.slices, 2, size) if s.tiles_per_chunk > 1 else running
+        base_grad = call.zeros(s.heads, s.slices, 2, size)
         norm_grad = call.zeros(s.pairs, 2, s.head_dim)
 
         for first, tiles in reversed(list(s.ranges(backward=True))):
             states = call.q.new_empty(s.pairs, tiles, s.slices, 4, size)
-            stretches = -(-tiles // s.checkpoint_every)
-            state_rebuild[(s.pairs, s.slices, stretches)](
+            state_rebuild[(s.pairs, s.slices, -(-tiles // s.checkpoint_every))](
                 call.k, call.rows, call.ends, call.base, call.starts, slope, checkpoints, call.initial, states,
                 s.length, s.heads, first, tiles, s.tiles, s.chunks,
                 **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, num_warps=8,
             )  # fmt: skip
             update = torch.empty_like(states)
-            k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.head_dim) for _ in range(2))
-            hidden_part, slope1_part = (call.q.new_empty(s.pairs, tiles, s.slices, s.tile, s.slice) for _ in range(2))
-            query_hidden, query_hidden_grad, output_grad = hidden_part, hidden_part, call.q
-            if call.toward_init:
-                query_hidden, query_hidden_grad = torch.empty_like(hidden_part), torch.empty_like(hidden_part)
-                output_grad = call.q.new_empty(s.pairs, tiles, s.tile, s.head_dim)
+            x = _Hidden(*(call.q.new_empty(s.pairs, tiles, s.slices, s.tile, s.slice) for _ in _Hidden._fields))
+            output, k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.head_dim) for _ in range(3))
+            output_grad, output_slope = (call.q.new_empty(s.pairs, tiles, s.tile, s.head_dim) for _ in range(2))
             reach_grad = call.q.new_empty(s.pairs, tiles, 2, s.tile, s.tile)
             rows_grad, ends_grad = call.floats(s.pairs, tiles, 2, 4, s.tile), call.floats(s.pairs, tiles, 2, 4)
             read_norm_grad = call.floats(s.pairs, tiles if call.norm else 0, 2, s.head_dim)
-            output_backward[(tiles, s.pairs)](
+            read_backward_2[(tiles, s.pairs)](
                 call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, states, slope,
-                out_grad, q_grad, k_part, slope_part, hidden_part, slope1_part, query_hidden, query_hidden_grad,
-                output_grad, update, reach_grad, rows_grad, read_norm_grad,
+                out_grad, output, x.key, x.key_bend, x.key_curve, x.slope1, x.query, x.query_grad,
+                output_grad, slope_part, x.key_grad, update, reach_grad, rows_grad, read_norm_grad,
                 s.length, s.heads, call.eps, first, tiles, s.tiles, **call.output_constants, num_warps=8,
+            )  # fmt: skip
+            read_backward_1[(tiles, s.pairs)](
+                call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, states, out_grad,
+                x.slope1, x.query_grad, q_grad, k_part, x.slope1_grad, update, reach_grad, rows_grad,
+                s.length, s.heads, first, tiles, s.tiles, **call.layer1_constants, num_warps=8,
             )  # fmt: skip
             state_backward[(s.pairs,)](
                 call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts, states, slope,
-                anchor_grad, update, k_part, slope_part, hidden_part, slope1_part,
-                k_grad, v_grad, running, chunk_grad, base_grad, rows_grad, ends_grad, norm_grad,
+                anchor_grad, output, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part, x.key_grad,
+                x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
                 s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks,
                 call.anchor_tile if grads.anchor else -1, **call.state_constants, NORM=call.norm, num_warps=8,
             )  # fmt: skip
             gates_backward[(tiles, s.pairs, 2)](
                 call.log_gamma, call.log_eta, call.theta, reach_grad, rows_grad, ends_grad,
                 log_gamma_grad, log_eta_grad, theta_grad, s.length, s.heads, first, tiles,
-                **call.gate_constants, num_warps=4,
+                **call.gate_constants, num_warps=8,
             )  # fmt: skip
             norm_grad += read_norm_grad.sum(1)
             if call.toward_init:
-                read_grad += _read_gradient(call, first, tiles, query_hidden, query_hidden_grad, output_grad)
+                base_grad += _base_gradient(call, slope, first, tiles, x, output_grad, output_slope)
 
-        d_moved, d_momentum = call.per_head(running[..., :2, :]), call.per_head(running[..., 2:, :])
+        d_moved, d_momentum = call.per_head(running[..., :2, :]), call.unpack(call.per_head(running[..., 2:, :]))
+        if inputs.log_eta is None:  # momentum is handed through
+            d_momentum = tuple(x.clone() for x in grads.momentum) or tuple(torch.zeros_like(x) for x in d_momentum)
         initial_grads: tuple[Tensor, ...]
         if call.toward_init:
-            d_base = read_grad + call.per_head(base_grad).sum(0) - d_moved.sum(0)
-            initial_grads = call.unpack(d_base)
+            initial_grads = call.unpack(base_grad - d_moved.sum(0))
             for given in (grads.weights, grads.anchor):
                 for total, grad in zip(initial_grads, given, strict=False):
                     total += grad.sum(0)
@@ -206,21 +224,56 @@ def backward(
             q_grad, k_grad, v_grad,
             None if inputs.log_gamma is None else log_gamma_grad, None if inputs.log_eta is None else log_eta_grad,
             theta_grad, initial_grads, norms[0] if call.norm else None, norms[1] if call.norm else None,
-            call.unpack(d_moved), call.unpack(d_momentum), (),
+            call.unpack(d_moved), d_momentum, (),
         )  # fmt: skip
 
 
-def _read_gradient(
-    call: _Call, first: int, tiles: int, query_hidden: Tensor, query_hidden_grad: Tensor, output_grad: Tensor
+class _Hidden(NamedTuple):
+    """Per token and hidden channel of a range [n, tiles, slices, tile, slice]: what the backward kernels hand on."""
+
+    key: Tensor
+    """Z, the hidden layer for the keys at the anchor."""
+    key_bend: Tensor
+    """act' there."""
+    key_curve: Tensor
+    """D2 W2' * act''."""
+    slope1: Tensor
+    """D1."""
+    query: Tensor
+    """Zbar, the hidden layer for the queries."""
+    query_grad: Tensor
+    """Of its pre-activation."""
+    key_grad: Tensor
+    """What the reads say about Z; after the state pass the gradient of the pre-activation."""
+    slope1_grad: Tensor
+    """What the reads say about D1; after the state pass the gradient of D2 W2'."""
+
+
+def _base_gradient(
+    call: _Call, slope: Tensor, first: int, tiles: int, x: _Hidden, output_grad: Tensor, output_slope: Tensor
 ) -> Tensor:
-    """What the reads of a range of tiles say about the base, [h, slices, 2, d * slice]: Q' d_Abar and Zbar' d_O."""
+    """What a range's reads and anchors say about the base, [h, slices, 2, d * slice]."""
     s = call.shapes
-    heads, span = (s.batch, s.heads), s.tile * tiles
-    queries = call.q[:, first * s.tile : first * s.tile + span]
-    queries = F.pad(queries, (0, 0, 0, 0, 0, span - queries.shape[1])).unflatten(1, (tiles, s.tile))
-    layer1 = torch.einsum("bcihd,bhcjik->hjdk", queries, query_hidden_grad.unflatten(0, heads))
-    layer2 = torch.einsum("bhcjik,bhcid->hjkd", query_hidden.unflatten(0, heads), output_grad.unflatten(0, heads))
-    return torch.stack([layer1.flatten(-2), layer2.flatten(-2)], -2).float()
+
+    def per_tile(tokens: Tensor) -> Tensor:  # [b, t, h, d] -> [b, h, tiles, tile, d]
+        span = s.tile * tiles
+        part = tokens[:, first * s.tile : first * s.tile + span]
+        part = F.pad(part, (0, 0, 0, 0, 0, span - part.shape[1]))
+        return part.unflatten(1, (tiles, s.tile)).permute(0, 3, 1, 2, 4)
+
+    def heads(packed: Tensor) -> Tensor:
+        return packed.unflatten(0, (s.batch, s.heads))
+
+    def first_layer(tokens: Tensor, grad: Tensor) -> Tensor:
+        return torch.einsum("bhcid,bhcjik->hjdk", per_tile(tokens), heads(grad)).flatten(-2).float()
+
+    def second_layer(hidden: Tensor, grad: Tensor) -> Tensor:
+        return torch.einsum("bhcjik,bhcid->hjkd", heads(hidden), grad).flatten(-2).float()
+
+    layer1 = first_layer(call.q, x.query_grad) + first_layer(call.k, x.key_grad)
+    layer2 = second_layer(x.query, heads(output_grad)) + second_layer(x.key, heads(output_slope))
+    layer2 += second_layer(x.slope1_grad, per_tile(slope))
+    return torch.stack([layer1, layer2], -2)
 
 
 def _on(x: Tensor) -> Any:

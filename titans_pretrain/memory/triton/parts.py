@@ -18,6 +18,17 @@ MIN_LOG_GATE = tl.constexpr(-100.0)
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts the low bits off
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def dot(a, b):
     """a @ b with fp32 sums; both must already be of the operand type."""
     if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
@@ -106,8 +117,8 @@ def load_gates(log_gamma, log_eta, theta, offsets, valid, FORGET: tl.constexpr, 
 @triton.jit
 def reach(log_gamma, log_eta, theta, TILE: tl.constexpr, OPERAND: tl.constexpr):
     """P = G E diag(theta) [TILE, TILE] of a tile (memory/gates.py)."""
-    g = gate_products(log_gamma, TILE).to(OPERAND)
-    e = gate_products(log_eta, TILE).to(OPERAND)
+    g = narrow(gate_products(log_gamma, TILE), OPERAND)
+    e = narrow(gate_products(log_eta, TILE), OPERAND)
     return dot(g, e) * theta[None, :]
 
 

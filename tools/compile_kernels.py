@@ -1,0 +1,154 @@
+"""Compile the memory's Triton kernels for a GPU that need not be there, and print what each takes of it.
+
+    python tools/compile_kernels.py --head-dim 64 --hidden 64 256 --chunk 64 --arch 90
+
+Registers and spilled bytes are the assembler's, a thread; shared memory is Triton's, a program. Nothing runs: a kernel that
+does not compile for the architecture, or wants more shared memory than it has, is an error. Needs the package triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from titans_pretrain.errors import UserError, exit_on_user_error
+from titans_pretrain.memory import MemoryOptions
+from titans_pretrain.memory.path import ResultGradients, ScanInputs
+
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Shared memory a program may ask for, by compute capability."""
+
+
+class Launch(NamedTuple):
+    """A kernel's launch, recorded instead of made."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes."""
+
+    kernel: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--chunk", type=int, nargs="+", default=[64])
+    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_BYTES), help="compute capability times ten")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("tools/compile_kernels.py needs the package triton: pip install triton")
+    for hidden in args.hidden:
+        for chunk in args.chunk:
+            print(f"head_dim {args.head_dim}, hidden {hidden}, chunk {chunk}, sm_{args.arch}")
+            print(f"  {'kernel':16} {'warps':>5} {'registers':>9} {'spilled':>8} {'shared KiB':>10}")
+            for usage in compile_all(args.head_dim, hidden, chunk, args.arch):
+                name, warps, registers, spilled, shared = usage
+                print(f"  {name:16} {warps:5} {registers:9} {spilled:8} {shared / 1024:10.1f}", flush=True)
+                if shared > SHARED_BYTES[args.arch]:
+                    raise UserError(
+                        f"{name} wants {shared} bytes of shared memory, sm_{args.arch} has {SHARED_BYTES[args.arch]}"
+                    )
+
+
+def compile_all(head_dim: int, hidden: int, chunk: int, arch: int, **changes: Any) -> Iterator[Usage]:
+    """Every kernel that a forward and a backward at this shape launch, once each."""
+    seen = set()
+    for launch in record(head_dim, hidden, chunk, **changes):
+        name = launch.kernel.fn.__name__
+        if name not in seen:
+            seen.add(name)
+            yield compile_one(launch, arch)
+
+
+def record(
+    head_dim: int, hidden: int, chunk: int, *, norm: bool = True, forget: str = "init", starts: bool = False
+) -> list[Launch]:
+    """The launches of a forward and a backward over a few chunks, in order, on tensors of the right types on the CPU."""
+    from titans_pretrain.memory.triton import launch as host
+
+    options = MemoryOptions(chunk, forget_toward=forget)
+    length = 3 * chunk + 1
+    tokens = torch.zeros(1, length, 1, head_dim, dtype=torch.bfloat16)
+    gate = torch.zeros(1, length, 1, 2)
+    weights = (torch.zeros(1, head_dim, hidden), torch.zeros(1, hidden, head_dim))
+    state = tuple(w[None] for w in weights)
+    norms = torch.zeros(1, head_dim) if norm else None
+    begins = torch.zeros(1, 4, dtype=torch.bool) if starts else None
+    inputs = ScanInputs(
+        tokens, tokens, tokens, gate, gate, gate, weights, norms, norms, state, state, (), begins
+    )  # fmt: skip
+    made: list[Launch] = []
+    names = [n for n, x in vars(host).items() if hasattr(x, "fn") and hasattr(x, "arg_names")]
+    originals = {n: getattr(host, n) for n in names}
+    try:
+        for name, kernel in originals.items():
+            setattr(host, name, _Recorder(kernel, made))
+        result = host.forward(inputs, options, save=True)
+        host.backward(inputs, options, result.saved, ResultGradients(tokens, state, state, state))
+    finally:
+        for name, kernel in originals.items():
+            setattr(host, name, kernel)
+    return made
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, made: list[Launch]) -> None:
+        self.kernel, self.made = kernel, made
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **constants: self.made.append(Launch(self.kernel, arguments, constants))
+
+
+def compile_one(launch: Launch, arch: int) -> Usage:
+    """Compile a recorded launch with the constants, warps and argument types it came with."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict(launch.constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    if "num_stages" in constants:
+        options["num_stages"] = constants.pop("num_stages")
+    names = launch.kernel.arg_names
+    signature = {name: _type(x) for name, x in zip(names, launch.arguments, strict=False)}
+    signature |= {name: "constexpr" for name in constants}
+    # As at a launch: torch's allocations are aligned to 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(launch.arguments) if isinstance(x, torch.Tensor)}
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        dump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        text = subprocess.run([dump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", text)[-1]) for what in ("REG", "STACK"))
+    return Usage(launch.kernel.fn.__name__, options["num_warps"], registers, stack, compiled.metadata.shared)
+
+
+def _type(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[x.dtype]
+    return "fp32" if isinstance(x, float) else "i32"
+
+
+if __name__ == "__main__":
+    main()
