@@ -101,8 +101,8 @@ def hidden_offsets(entry, j, SLICES: tl.constexpr, TILE: tl.constexpr, SLICE: tl
 
 @triton.jit
 def read_backward_2(
-    q, k, log_gamma, log_eta, theta, rows, base, gain, states, slope, out_grad,
-    output, key_hidden, key_bend, key_curve, slope1, query_hidden, query_hidden_grad,
+    q, k, v, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out_grad,
+    anchor_normalized, pull, norm_rows, key_hidden, key_bend, key_curve, slope1, query_hidden, query_hidden_grad,
     output_grad, slope_part, hidden_part, update, reach_grad, rows_grad, norm_grad,
     T, H, eps, first_tile, tiles, all_tiles,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
@@ -112,7 +112,8 @@ def read_backward_2(
     """The read's last layer. Its tile's share of d_W2, d_S2 (parts 1 and 3 of `update`, like `states`), of d_D2 (slope_part
     [n, tiles, TILE, D]) and d_Z (hidden_part [n, tiles, SLICES, TILE, SLICE]); the gradients of P2, beta2, f2 and of Abar
     (query_hidden_grad, like hidden_part); d_O (output_grad, like slope_part). On the way, for the kernels that follow, what the
-    state pass had at the anchor: the network's output, Z, act', D2 W2' * act'' and D1; and Zbar. Grid (tiles, n)."""
+    state pass had at the anchor: Z, act', D2 W2' * act'' and D1, and of the layer norm there its normalized output, error +
+    gain * normalized (pull) and per token 1 / std and mean(gain * error * normalized); and Zbar. Grid (tiles, n)."""
     local, n = tl.program_id(0), tl.program_id(1)
     tile = first_tile + local
     h = n % H
@@ -171,11 +172,18 @@ def read_backward_2(
     d_o = tl.load(out_grad + at, mask=valid, other=0.0).to(tl.float32)
     reached = narrow(reach2 * overlap, OPERAND)
     if NORM:
-        tl.store(output + per_token, anchor_y)
+        g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
+        values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
+        normalized, inverse_std = normalize(anchor_y, eps, D)
+        error = keys.to(tl.float32) + g * normalized + b - values
+        tl.store(anchor_normalized + per_token, narrow(normalized, OPERAND))
+        tl.store(pull + per_token, narrow(error + g * normalized, OPERAND))
+        tl.store(norm_rows + entry * (2 * TILE) + i, tl.sum(inverse_std, 1))
+        tl.store(norm_rows + entry * (2 * TILE) + TILE + i, tl.sum(error * g * normalized, 1) / D)
         normalized, inverse_std = normalize(y - dot(reached, d2b), eps, D)
         tl.store(norm_grad + entry * (2 * D) + d, tl.sum(d_o * normalized, 0))
         tl.store(norm_grad + entry * (2 * D) + D + d, tl.sum(d_o, 0))
-        d_o = through_norm(d_o * tl.load(gain + h * D + d)[None, :], normalized, inverse_std, D)
+        d_o = through_norm(d_o * g, normalized, inverse_std, D)
     d_ob = narrow(d_o, OPERAND)
     tl.store(output_grad + per_token, d_ob)
     tl.store(slope_part + per_token, -dot(tl.trans(reached), d_ob))
@@ -270,34 +278,14 @@ def read_backward_1(
     tl.store(row + TILE, d_f)
 
 
-@triton.jit
-def inner_gradient_backward(y, k, v, gain, bias, eps, d2, d_d2, D: tl.constexpr, NORM: tl.constexpr):
-    """Backward of `inner_gradient`'s second result d2: the gradients of y, of the error (that of k, and minus that of v), and
-    per token of gain."""
-    if NORM:
-        normalized, inverse_std = normalize(y, eps, D)
-        error = k + gain * normalized + bias - v
-        slope = error * gain
-        d_slope = through_norm(d_d2, normalized, inverse_std, D)
-        d_error = d_slope * gain
-        along = (tl.sum(slope * normalized, 1) / D)[:, None]
-        d_along = (tl.sum(d_d2 * normalized, 1) / D)[:, None]
-        d_normalized = d_error * gain - inverse_std * (along * d_d2 + d_along * slope)
-        by_scale = (tl.sum(d_d2 * d2, 1) / D)[:, None]
-        d_y = through_norm(d_normalized, normalized, inverse_std, D) - inverse_std * normalized * by_scale
-        return d_y, d_error, d_slope * error + d_error * normalized
-    else:
-        return d_d2, d_d2, tl.zeros_like(d_d2)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])  # or one slice would be compiled without its loops
 def state_backward(
-    k, v, rows, ends, base, gain, bias, starts, states, slope, anchor_grad,
-    output, key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
+    k, rows, ends, base, gain, starts, states, slope, anchor_grad, anchor_normalized, pull, norm_rows,
+    key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
     k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
-    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile,
+    T, H, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
-    NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
+    NORM: tl.constexpr, BASE: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles last_tile > i >= first_tile. `running` [n, 1, SLICES, 4, D * SLICE] holds d_W, d_S after the range and leaves
     with those before it; chunk_grad [n, 1, SLICES, 2, ...] gathers what the tiles of an unfinished chunk say about its anchor.
@@ -306,18 +294,10 @@ def state_backward(
     n = tl.program_id(0)
     h = n % H
     SIZE: tl.constexpr = D * SLICE
-    RESIDENT: tl.constexpr = SLICES == 1
     o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
     i, d = tl.arange(0, TILE), tl.arange(0, D)
     tiles = last_tile - first_tile
-    g, b = 0.0, 0.0
-    if NORM:
-        g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
     d_gain, d_bias = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-    run = running + at_slice(n, 0, 0, 1, SLICES, 4, SIZE)
-    if RESIDENT:
-        d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
-        d_w2, d_s2 = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
 
     for step in range(tiles):
         tile = last_tile - 1 - step
@@ -337,29 +317,25 @@ def state_backward(
         d_d2 = tl.load(slope_part + per_token)
         d_p1, d_r1 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
         d_p2, d_r2 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-        for j in range(SLICES):
+        for j in range(slices):
             hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
-            if not RESIDENT:
-                run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
-                d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
+            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
             d_d1 = tl.load(slope1_part + hidden).to(tl.float32)
-            onto = dot(keys, narrow(d_w1, OPERAND))
+            onto = dot(keys, narrow(tl.load(run + o1), OPERAND))
             d_p1 -= tl.sum(onto * d1, 1)
             d_d1 -= p1 * onto
-            onto = dot(keys, narrow(d_s1, OPERAND))
+            onto = dot(keys, narrow(tl.load(run + 2 * SIZE + o1), OPERAND))
             d_r1 -= tl.sum(onto * d1, 1)
             d_d1 -= r1 * onto
             tl.store(slope1_part + hidden, narrow(d_d1, OPERAND))
             a2 = load_anchor_2(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
             d_d2 += dot(narrow(d_d1 * tl.load(key_bend + hidden).to(tl.float32), OPERAND), a2)
             xb, d2 = tl.load(key_hidden + hidden), d2b.to(tl.float32)
-            if not RESIDENT:
-                d_w2, d_s2 = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
-            onto = dot(xb, narrow(d_w2, OPERAND))
+            onto = dot(xb, narrow(tl.load(run + SIZE + o2), OPERAND))
             d_p2 -= tl.sum(onto * d2, 1)
             d_d2 -= p2 * onto
-            onto = dot(xb, narrow(d_s2, OPERAND))
+            onto = dot(xb, narrow(tl.load(run + 3 * SIZE + o2), OPERAND))
             d_r2 -= tl.sum(onto * d2, 1)
             d_d2 -= r2 * onto
         tl.debug_barrier()
@@ -369,20 +345,26 @@ def state_backward(
         tl.store(row + 6 * TILE, d_p2)
         tl.store(row + 7 * TILE, d_r2)
 
-        # Back through the inner loss.
-        values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        y = 0.0
+        # Back through the inner loss: v, the keys' share of the error, the network's output.
+        d_y = tl.where(valid, d_d2, 0.0)
+        d_error = d_y
         if NORM:
-            y = tl.load(output + per_token)
-        d_d2 = tl.where(valid, d_d2, 0.0)
-        d_y, d_error, d_gains = inner_gradient_backward(
-            y, keys.to(tl.float32), values, g, b, eps, d2b.to(tl.float32), d_d2, D, NORM
-        )
+            normalized = tl.load(anchor_normalized + per_token).to(tl.float32)
+            inverse_std = tl.load(norm_rows + entry * (2 * TILE) + i)[:, None]
+            along = tl.load(norm_rows + entry * (2 * TILE) + TILE + i)[:, None]
+            g, d2 = tl.load(gain + h * D + d)[None, :], d2b.to(tl.float32)
+            by_direction = (tl.sum(d_y * normalized, 1) / D)[:, None]
+            by_scale = (tl.sum(d_y * d2, 1) / D)[:, None]
+            d_slope = through_norm(d_y, normalized, inverse_std, D)
+            d_gain += tl.sum(d_slope * tl.load(pull + per_token).to(tl.float32), 0)
+            d_error = d_slope * g
+            d_bias += tl.sum(d_error, 0)
+            # Normalizing is a projection times 1 / std, which takes the inner loss's slope to D2: no second error is needed.
+            d_y = through_norm(d_error * g, normalized, inverse_std, D)
+            d_y -= inverse_std * (along * d_slope + by_direction * d2 + by_scale * normalized)
         tl.store(v_grad + at, narrow(-d_error, v_grad.dtype.element_ty), mask=valid)
         d_k = tl.load(k_part + per_token)
         if NORM:
-            d_gain += tl.sum(tl.where(valid, d_gains, 0.0), 0)
-            d_bias += tl.sum(d_error, 0)
             d_k += d_error
         d_yb = narrow(d_y, OPERAND)
         if BASE:
@@ -397,15 +379,14 @@ def state_backward(
                 keep = 1.0 - tl.load(starts + (n // H) * chunks + tile // TILES_PER_CHUNK)
         d_beta1, d_f1, d_m1 = 0.0, 0.0, 0.0
         d_beta2, d_f2, d_m2 = 0.0, 0.0, 0.0
-        for j in range(SLICES):
+        for j in range(slices):
             hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
             before = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
             change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
             gathered = chunk_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
             extra = anchor_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
-            if not RESIDENT:
-                run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
-                d_w2, d_s2 = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
+            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+            d_w2, d_s2 = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
             d2 = d2b.to(tl.float32)
             d_x = tl.load(hidden_part + hidden).to(tl.float32)
             d_x -= dot(narrow(p2 * d2, OPERAND), tl.trans(narrow(d_w2, OPERAND)))
@@ -435,12 +416,11 @@ def state_backward(
             d_m2 += tl.sum(d_s2 * s)
             d_s2 = keep * (f2 * d_w2 + m2 * d_s2 + tl.load(change + 3 * SIZE + o2).to(tl.float32))
             d_w2 = keep * (beta2 * d_w2 + tl.load(change + SIZE + o2).to(tl.float32) + d_anchor)
-            if not RESIDENT:
-                tl.store(run + SIZE + o2, d_w2)
-                tl.store(run + 3 * SIZE + o2, d_s2)
-                d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
+            tl.store(run + SIZE + o2, d_w2)
+            tl.store(run + 3 * SIZE + o2, d_s2)
 
             # Layer 1.
+            d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
             d_k -= dot(narrow(p1 * d1, OPERAND), tl.trans(narrow(d_w1, OPERAND)))
             d_k -= dot(narrow(r1 * d1, OPERAND), tl.trans(narrow(d_s1, OPERAND)))
@@ -460,9 +440,8 @@ def state_backward(
             d_m1 += tl.sum(d_s1 * s)
             d_s1 = keep * (f1 * d_w1 + m1 * d_s1 + tl.load(change + 2 * SIZE + o1).to(tl.float32))
             d_w1 = keep * (beta1 * d_w1 + tl.load(change + o1).to(tl.float32) + d_anchor)
-            if not RESIDENT:
-                tl.store(run + o1, d_w1)
-                tl.store(run + 2 * SIZE + o1, d_s1)
+            tl.store(run + o1, d_w1)
+            tl.store(run + 2 * SIZE + o1, d_s1)
         tl.debug_barrier()
 
         tl.store(k_grad + at, narrow(d_k, k_grad.dtype.element_ty), mask=valid)
@@ -473,11 +452,6 @@ def state_backward(
         tl.store(end + 4, d_beta2)
         tl.store(end + 5, d_f2)
         tl.store(end + 6, d_m2)
-    if RESIDENT:
-        tl.store(run + o1, d_w1)
-        tl.store(run + SIZE + o2, d_w2)
-        tl.store(run + 2 * SIZE + o1, d_s1)
-        tl.store(run + 3 * SIZE + o2, d_s2)
     if NORM:
         sums = norm_grad + n * (2 * D) + d
         tl.store(sums, tl.load(sums) + d_gain)

@@ -58,6 +58,9 @@ class _Call:
             name: x for name, x in self.output_constants.items() if name not in ("TILES_PER_CHUNK", "GELU")
         }
         self.state_constants = {**network, "OPERAND": operand, "STARTS": starts is not None}
+        self.reverse_constants = {name: x for name, x in self.state_constants.items() if name != "GELU"} | {
+            "NORM": self.norm
+        }
         self.eps = options.norm_eps
         self.anchor_tile = -1 if s.open_chunk is None else s.open_chunk
 
@@ -176,14 +179,18 @@ def backward(
             )  # fmt: skip
             update = torch.empty_like(states)
             x = _Hidden(*(call.q.new_empty(s.pairs, tiles, s.slices, s.tile, s.slice) for _ in _Hidden._fields))
-            output, k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.head_dim) for _ in range(3))
-            output_grad, output_slope = (call.q.new_empty(s.pairs, tiles, s.tile, s.head_dim) for _ in range(2))
+            k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.head_dim) for _ in range(2))
+            output_grad, output_slope, normalized, pull = (
+                call.q.new_empty(s.pairs, tiles, s.tile, s.head_dim) for _ in range(4)
+            )
+            norm_rows = call.floats(s.pairs, tiles, 2, s.tile)
             reach_grad = call.q.new_empty(s.pairs, tiles, 2, s.tile, s.tile)
             rows_grad, ends_grad = call.floats(s.pairs, tiles, 2, 4, s.tile), call.floats(s.pairs, tiles, 2, 4)
             read_norm_grad = call.floats(s.pairs, tiles if call.norm else 0, 2, s.head_dim)
             read_backward_2[(tiles, s.pairs)](
-                call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, states, slope,
-                out_grad, output, x.key, x.key_bend, x.key_curve, x.slope1, x.query, x.query_grad,
+                call.q, call.k, call.v, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain,
+                call.bias, states, slope, out_grad, normalized, pull, norm_rows,
+                x.key, x.key_bend, x.key_curve, x.slope1, x.query, x.query_grad,
                 output_grad, slope_part, x.key_grad, update, reach_grad, rows_grad, read_norm_grad,
                 s.length, s.heads, call.eps, first, tiles, s.tiles, **call.output_constants, num_warps=8,
             )  # fmt: skip
@@ -193,11 +200,11 @@ def backward(
                 s.length, s.heads, first, tiles, s.tiles, **call.layer1_constants, num_warps=8,
             )  # fmt: skip
             state_backward[(s.pairs,)](
-                call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts, states, slope,
-                anchor_grad, output, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part, x.key_grad,
-                x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
-                s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks,
-                call.anchor_tile if grads.anchor else -1, **call.state_constants, NORM=call.norm, num_warps=8,
+                call.k, call.rows, call.ends, call.base, call.gain, call.starts, states, slope, anchor_grad,
+                normalized, pull, norm_rows, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part,
+                x.key_grad, x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad,
+                norm_grad, s.length, s.heads, first, first + tiles, s.tiles, s.chunks,
+                call.anchor_tile if grads.anchor else -1, s.slices, **call.reverse_constants, num_warps=8,
             )  # fmt: skip
             gates_backward[(tiles, s.pairs, 2)](
                 call.log_gamma, call.log_eta, call.theta, reach_grad, rows_grad, ends_grad,
