@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titans_pretrain.memory.triton.forward_kernels import load_anchor, load_anchor_1, load_anchor_2
+from titans_pretrain.memory.triton.forward_kernels import (
+    kept_share,
+    load_anchor,
+    load_anchor_1,
+    load_anchor_2,
+    store_state,
+)
 from titans_pretrain.memory.triton.parts import (
     activate_with_curvature,
     activate_with_slope,
@@ -60,10 +66,7 @@ def state_rebuild(
     for tile in range(begin, end_tile):
         out = states + at_slice(n, tile - first_tile, j, tiles, SLICES, 4, SIZE)
         w1b, w2b = narrow(w1, OPERAND), narrow(w2, OPERAND)
-        tl.store(out + o1, w1b)
-        tl.store(out + SIZE + o2, w2b)
-        tl.store(out + 2 * SIZE + o1, narrow(s1, OPERAND))
-        tl.store(out + 3 * SIZE + o2, narrow(s2, OPERAND))
+        store_state(out, w1b, w2b, s1, s2, D, SLICE, OPERAND)
         if tile % TILES_PER_CHUNK == 0:
             a1, a2 = w1b, w2b
             if BASE:
@@ -78,11 +81,7 @@ def state_rebuild(
         p2, r2 = tl.load(row + 6 * TILE)[:, None], tl.load(row + 7 * TILE)[:, None]
         beta1, f1, m1 = tl.load(end), tl.load(end + 1), tl.load(end + 2)
         beta2, f2, m2 = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
-        keep = 1.0
-        if STARTS:
-            if (tile + 1) % TILES_PER_CHUNK == 0:
-                if tile + 1 < all_tiles:
-                    keep = 1.0 - tl.load(starts + (n // H) * chunks + (tile + 1) // TILES_PER_CHUNK)
+        keep = kept_share(starts, n, tile + 1, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
         x, bend = activate_with_slope(dot(keys, a1), GELU)
         d1 = dot(d2b, tl.trans(a2)) * bend
         d2 = d2b.to(tl.float32)
@@ -363,9 +362,6 @@ def state_backward(
             d_y = through_norm(d_error * g, normalized, inverse_std, D)
             d_y -= inverse_std * (along * d_slope + by_direction * d2 + by_scale * normalized)
         tl.store(v_grad + at, narrow(-d_error, v_grad.dtype.element_ty), mask=valid)
-        d_k = tl.load(k_part + per_token)
-        if NORM:
-            d_k += d_error
         d_yb = narrow(d_y, OPERAND)
         if BASE:
             tl.store(output_slope + per_token, d_yb)
@@ -373,10 +369,7 @@ def state_backward(
         # Back through the network at the anchor, and the state before the tile.
         beta1, f1, m1 = tl.load(end), tl.load(end + 1), tl.load(end + 2)
         beta2, f2, m2 = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
-        keep = 1.0
-        if STARTS:
-            if tile % TILES_PER_CHUNK == 0:
-                keep = 1.0 - tl.load(starts + (n // H) * chunks + tile // TILES_PER_CHUNK)
+        keep = kept_share(starts, n, tile, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
         d_beta1, d_f1, d_m1 = 0.0, 0.0, 0.0
         d_beta2, d_f2, d_m2 = 0.0, 0.0, 0.0
         for j in range(slices):
@@ -397,11 +390,9 @@ def state_backward(
             d_d1 = tl.load(slope1_part + hidden).to(tl.float32)
             d_back = narrow(d_d1 * bend, OPERAND)
             d_a = narrow(d_d1 * tl.load(key_curve + hidden).to(tl.float32) + d_x * bend, OPERAND)
+            tl.store(hidden_part + hidden, d_a)
             if BASE:
                 tl.store(slope1_part + hidden, d_back)
-                tl.store(hidden_part + hidden, d_a)
-
-            # Layer 2: its state, and what the anchor's weights get.
             d_anchor = dot(tl.trans(d_back), d2b) + dot(tl.trans(tl.load(key_hidden + hidden)), d_yb)
             if TILES_PER_CHUNK > 1:
                 d_anchor += tl.load(gathered + SIZE + o2)
@@ -418,8 +409,18 @@ def state_backward(
             d_w2 = keep * (beta2 * d_w2 + tl.load(change + SIZE + o2).to(tl.float32) + d_anchor)
             tl.store(run + SIZE + o2, d_w2)
             tl.store(run + 3 * SIZE + o2, d_s2)
-
-            # Layer 1.
+        tl.debug_barrier()
+        d_k = tl.load(k_part + per_token)
+        if NORM:
+            d_k -= tl.load(v_grad + at, mask=valid, other=0.0).to(tl.float32)
+        for j in range(slices):  # the first layer, apart so that fewer values are alive at a time
+            hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
+            before = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
+            change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
+            gathered = chunk_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
+            extra = anchor_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
+            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+            d_a = tl.load(hidden_part + hidden)
             d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
             d_k -= dot(narrow(p1 * d1, OPERAND), tl.trans(narrow(d_w1, OPERAND)))

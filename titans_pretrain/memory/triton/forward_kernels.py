@@ -78,6 +78,53 @@ def inner_gradient(y, k, v, gain, bias, eps, D: tl.constexpr, NORM: tl.constexpr
 
 
 @triton.jit
+def store_state(to, w1, w2, s1, s2, D: tl.constexpr, SLICE: tl.constexpr, DTYPE: tl.constexpr):
+    """A slice of (W1, W2, S1, S2)."""
+    SIZE: tl.constexpr = D * SLICE
+    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
+    tl.store(to + o1, narrow(w1, DTYPE))
+    tl.store(to + SIZE + o2, narrow(w2, DTYPE))
+    tl.store(to + 2 * SIZE + o1, narrow(s1, DTYPE))
+    tl.store(to + 3 * SIZE + o2, narrow(s2, DTYPE))
+
+
+@triton.jit
+def keep_state(
+    states, checkpoints, anchor, w1, w2, s1, s2, n, j, tile, first_tile, last_tile, all_tiles, anchor_tile,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, CHECKPOINT_EVERY: tl.constexpr, SAVE: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Write a slice of the state before `tile` to all who want it: the reads of the range, the backward, the next call."""
+    SIZE: tl.constexpr = D * SLICE
+    if tile < last_tile:
+        to = states + at_slice(n, tile - first_tile, j, last_tile - first_tile, SLICES, 4, SIZE)
+        store_state(to, w1, w2, s1, s2, D, SLICE, OPERAND)
+    if tile == anchor_tile:
+        to = anchor + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
+        tl.store(to + first_layer(D, SLICE), w1)
+        tl.store(to + SIZE + second_layer(D, SLICE), w2)
+    if SAVE:
+        if tile % CHECKPOINT_EVERY == 0:
+            if tile < all_tiles:
+                count = (all_tiles - 1) // CHECKPOINT_EVERY
+                to = checkpoints + at_slice(n, tile // CHECKPOINT_EVERY - 1, j, count, SLICES, 4, SIZE)
+                store_state(to, w1, w2, s1, s2, D, SLICE, tl.float32)
+
+
+@triton.jit
+def kept_share(
+    starts, n, tile, H, all_tiles, chunks, TILES_PER_CHUNK: tl.constexpr, STARTS: tl.constexpr
+):  # fmt: skip
+    """0 where a document starts with `tile`, else 1: what the state before the tile is multiplied by."""
+    keep = 1.0
+    if STARTS:
+        if tile % TILES_PER_CHUNK == 0:
+            if tile < all_tiles:
+                keep = 1.0 - tl.load(starts + (n // H) * chunks + tile // TILES_PER_CHUNK)
+    return keep
+
+
+@triton.jit
 def state_forward(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
@@ -102,11 +149,9 @@ def state_forward(
 
     for j in range(SLICES):
         run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
-        out = states + at_slice(n, 0, j, tiles, SLICES, 4, SIZE)
-        tl.store(out + o1, narrow(tl.load(run + o1), OPERAND))
-        tl.store(out + SIZE + o2, narrow(tl.load(run + SIZE + o2), OPERAND))
-        tl.store(out + 2 * SIZE + o1, narrow(tl.load(run + 2 * SIZE + o1), OPERAND))
-        tl.store(out + 3 * SIZE + o2, narrow(tl.load(run + 3 * SIZE + o2), OPERAND))
+        to = states + at_slice(n, 0, j, tiles, SLICES, 4, SIZE)
+        w1, w2 = tl.load(run + o1), tl.load(run + SIZE + o2)
+        store_state(to, w1, w2, tl.load(run + 2 * SIZE + o1), tl.load(run + 3 * SIZE + o2), D, SLICE, OPERAND)
     tl.debug_barrier()
 
     total = 0.0
@@ -131,11 +176,7 @@ def state_forward(
         p2, r2 = tl.load(row + 6 * TILE)[:, None], tl.load(row + 7 * TILE)[:, None]
         beta1, f1, m1 = tl.load(end), tl.load(end + 1), tl.load(end + 2)
         beta2, f2, m2 = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
-        keep = 1.0
-        if STARTS:
-            if (tile + 1) % TILES_PER_CHUNK == 0:
-                if tile + 1 < all_tiles:
-                    keep = 1.0 - tl.load(starts + (n // H) * chunks + (tile + 1) // TILES_PER_CHUNK)
+        keep = kept_share(starts, n, tile + 1, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
         pd2, rd2 = narrow(p2 * d2, OPERAND), narrow(r2 * d2, OPERAND)
         keys_t = tl.trans(keys)
         for j in range(SLICES):
@@ -145,35 +186,81 @@ def state_forward(
             x_t = tl.trans(narrow(x, OPERAND))
             run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
             w, s = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
-            new_w1 = keep * (beta1 * w + f1 * s - dot(keys_t, narrow(p1 * d1, OPERAND)))
-            new_s1 = keep * (m1 * s - dot(keys_t, narrow(r1 * d1, OPERAND)))
+            w1 = keep * (beta1 * w + f1 * s - dot(keys_t, narrow(p1 * d1, OPERAND)))
+            s1 = keep * (m1 * s - dot(keys_t, narrow(r1 * d1, OPERAND)))
             w, s = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
-            new_w2 = keep * (beta2 * w + f2 * s - dot(x_t, pd2))
-            new_s2 = keep * (m2 * s - dot(x_t, rd2))
-            tl.store(run + o1, new_w1)
-            tl.store(run + SIZE + o2, new_w2)
-            tl.store(run + 2 * SIZE + o1, new_s1)
-            tl.store(run + 3 * SIZE + o2, new_s2)
-            if tile + 1 < last_tile:
-                out = states + at_slice(n, local + 1, j, tiles, SLICES, 4, SIZE)
-                tl.store(out + o1, narrow(new_w1, OPERAND))
-                tl.store(out + SIZE + o2, narrow(new_w2, OPERAND))
-                tl.store(out + 2 * SIZE + o1, narrow(new_s1, OPERAND))
-                tl.store(out + 3 * SIZE + o2, narrow(new_s2, OPERAND))
-            if tile + 1 == anchor_tile:
-                out = anchor + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
-                tl.store(out + o1, new_w1)
-                tl.store(out + SIZE + o2, new_w2)
-            if SAVE:
-                if (tile + 1) % CHECKPOINT_EVERY == 0:
-                    if tile + 1 < all_tiles:
-                        count = (all_tiles - 1) // CHECKPOINT_EVERY
-                        out = checkpoints + at_slice(n, tile // CHECKPOINT_EVERY, j, count, SLICES, 4, SIZE)
-                        tl.store(out + o1, new_w1)
-                        tl.store(out + SIZE + o2, new_w2)
-                        tl.store(out + 2 * SIZE + o1, new_s1)
-                        tl.store(out + 3 * SIZE + o2, new_s2)
+            w2 = keep * (beta2 * w + f2 * s - dot(x_t, pd2))
+            s2 = keep * (m2 * s - dot(x_t, rd2))
+            store_state(run, w1, w2, s1, s2, D, SLICE, tl.float32)
+            keep_state(
+                states, checkpoints, anchor, w1, w2, s1, s2, n, j, tile + 1, first_tile, last_tile, all_tiles, anchor_tile,
+                D, SLICE, SLICES, CHECKPOINT_EVERY, SAVE, OPERAND,
+            )  # fmt: skip
         tl.debug_barrier()
+    tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
+
+
+@triton.jit
+def state_forward_resident(
+    k, v, rows, ends, base, gain, bias, starts,
+    running, states, slope, checkpoints, anchor, surprise,
+    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile,
+    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
+    SAVE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """`state_forward` for a hidden layer of one slice: the state stays in registers from tile to tile."""
+    n = tl.program_id(0)
+    h = n % H
+    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
+    SIZE: tl.constexpr = D * SLICE
+    d = tl.arange(0, D)
+    i = tl.arange(0, TILE)
+    g, b = 0.0, 0.0
+    if NORM:
+        g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
+    run = running + at_slice(n, 0, 0, 1, SLICES, 4, SIZE)
+    w1, w2 = tl.load(run + o1), tl.load(run + SIZE + o2)
+    s1, s2 = tl.load(run + 2 * SIZE + o1), tl.load(run + 3 * SIZE + o2)
+    store_state(states + at_slice(n, 0, 0, last_tile - first_tile, SLICES, 4, SIZE), w1, w2, s1, s2, D, SLICE, OPERAND)
+    a1, a2 = narrow(w1, OPERAND), narrow(w2, OPERAND)
+    total = 0.0
+    for tile in range(first_tile, last_tile):
+        if tile % TILES_PER_CHUNK == 0:
+            a1, a2 = narrow(w1, OPERAND), narrow(w2, OPERAND)
+            if BASE:
+                to = base + h * (2 * SIZE)
+                a1 = narrow(a1.to(tl.float32) + tl.load(to + o1).to(tl.float32), OPERAND)
+                a2 = narrow(a2.to(tl.float32) + tl.load(to + SIZE + o2).to(tl.float32), OPERAND)
+        at, valid = token_offsets(n, tile, T, H, D, TILE)
+        keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
+        x, bend = activate_with_slope(dot(keys, a1), GELU)
+        xb = narrow(x, OPERAND)
+        values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
+        error, d2 = inner_gradient(dot(xb, a2), keys.to(tl.float32), values, g, b, eps, D, NORM)
+        total += tl.sum(tl.where(valid, error * error, 0.0))
+        d2b = narrow(d2, OPERAND)
+        tl.store(slope + at, d2b, mask=valid)
+        d1 = dot(d2b, tl.trans(a2)) * bend
+
+        row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
+        end = ends + (n.to(tl.int64) * all_tiles + tile) * 8
+        keep = kept_share(starts, n, tile + 1, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
+        p, r = tl.load(row + 2 * TILE)[:, None], tl.load(row + 3 * TILE)[:, None]
+        beta, f, m = tl.load(end), tl.load(end + 1), tl.load(end + 2)
+        keys_t = tl.trans(keys)
+        w1 = keep * (beta * w1 + f * s1 - dot(keys_t, narrow(p * d1, OPERAND)))
+        s1 = keep * (m * s1 - dot(keys_t, narrow(r * d1, OPERAND)))
+        p, r = tl.load(row + 6 * TILE)[:, None], tl.load(row + 7 * TILE)[:, None]
+        beta, f, m = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
+        x_t = tl.trans(xb)
+        w2 = keep * (beta * w2 + f * s2 - dot(x_t, narrow(p * d2, OPERAND)))
+        s2 = keep * (m * s2 - dot(x_t, narrow(r * d2, OPERAND)))
+        keep_state(
+            states, checkpoints, anchor, w1, w2, s1, s2, n, 0, tile + 1, first_tile, last_tile, all_tiles, anchor_tile,
+            D, SLICE, SLICES, CHECKPOINT_EVERY, SAVE, OPERAND,
+        )  # fmt: skip
+    store_state(run, w1, w2, s1, s2, D, SLICE, tl.float32)
     tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
 
 

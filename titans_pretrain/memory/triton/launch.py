@@ -17,7 +17,7 @@ from titans_pretrain.memory.triton.backward_kernels import (
     state_backward,
     state_rebuild,
 )
-from titans_pretrain.memory.triton.forward_kernels import output_forward, state_forward
+from titans_pretrain.memory.triton.forward_kernels import output_forward, state_forward, state_forward_resident
 from titans_pretrain.memory.triton.gate_kernels import gate_rows, gates_backward
 from titans_pretrain.memory.triton.shapes import Shapes
 
@@ -122,7 +122,8 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
         surprise = call.zeros(s.pairs)
         for first, tiles in s.ranges(backward=False):
             states = call.q.new_empty(s.pairs, tiles, *running.shape[2:])
-            state_forward[(s.pairs,)](
+            walk = state_forward_resident if s.slices == 1 else state_forward
+            walk[(s.pairs,)](
                 call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts,
                 running, states, slope, checkpoints, anchor, surprise,
                 s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks, call.anchor_tile,
