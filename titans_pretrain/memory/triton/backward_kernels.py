@@ -19,6 +19,7 @@ from titans_pretrain.memory.triton.forward_kernels import (
     store_state,
 )
 from titans_pretrain.memory.triton.parts import (
+    LOOPS,
     activate_with_curvature,
     activate_with_slope,
     at_slice,
@@ -35,10 +36,10 @@ from titans_pretrain.memory.triton.parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOPS)
 def state_rebuild(
     k, rows, ends, base, starts, slope, checkpoints, initial, states,
-    T, H, first_tile, tiles, all_tiles, chunks,
+    T, H, first_tile, tiles, all_tiles, chunks, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -82,14 +83,14 @@ def state_rebuild(
         beta1, f1, m1 = tl.load(end), tl.load(end + 1), tl.load(end + 2)
         beta2, f2, m2 = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
         keep = kept_share(starts, n, tile + 1, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
-        x, bend = activate_with_slope(dot(keys, a1), GELU)
-        d1 = dot(d2b, tl.trans(a2)) * bend
+        x, bend = activate_with_slope(dot(keys, a1, once), GELU)
+        d1 = dot(d2b, tl.trans(a2), once) * bend
         d2 = d2b.to(tl.float32)
         keys_t, x_t = tl.trans(keys), tl.trans(narrow(x, OPERAND))
-        w1 = keep * (beta1 * w1 + f1 * s1 - dot(keys_t, narrow(p1 * d1, OPERAND)))
-        s1 = keep * (m1 * s1 - dot(keys_t, narrow(r1 * d1, OPERAND)))
-        w2 = keep * (beta2 * w2 + f2 * s2 - dot(x_t, narrow(p2 * d2, OPERAND)))
-        s2 = keep * (m2 * s2 - dot(x_t, narrow(r2 * d2, OPERAND)))
+        w1 = keep * (beta1 * w1 + f1 * s1 - dot(keys_t, narrow(p1 * d1, OPERAND), once))
+        s1 = keep * (m1 * s1 - dot(keys_t, narrow(r1 * d1, OPERAND), once))
+        w2 = keep * (beta2 * w2 + f2 * s2 - dot(x_t, narrow(p2 * d2, OPERAND), once))
+        s2 = keep * (m2 * s2 - dot(x_t, narrow(r2 * d2, OPERAND), once))
 
 
 @triton.jit
@@ -98,12 +99,12 @@ def hidden_offsets(entry, j, SLICES: tl.constexpr, TILE: tl.constexpr, SLICE: tl
     return (entry * SLICES + j) * (TILE * SLICE) + tl.arange(0, TILE)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOPS)
 def read_backward_2(
     q, k, v, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out_grad,
     anchor_normalized, pull, norm_rows, key_hidden, key_bend, key_curve, slope1, query_hidden, query_hidden_grad,
     output_grad, slope_part, hidden_part, update, reach_grad, rows_grad, norm_grad,
-    T, H, eps, first_tile, tiles, all_tiles,
+    T, H, eps, first_tile, tiles, all_tiles, slices, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -131,43 +132,47 @@ def read_backward_2(
     keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
     d2b = tl.load(slope + at, mask=valid, other=0.0)
     lg, le, th = load_gates(log_gamma, log_eta, theta, gates_at, exists, FORGET, MOMENTUM)
-    within = narrow(reach(lg, le, th, TILE, OPERAND) * dot(queries, tl.trans(keys)), OPERAND)
+    within = narrow(reach(lg, le, th, once, TILE, OPERAND) * dot(queries, tl.trans(keys), once), OPERAND)
     beta1, f1 = tl.load(row)[:, None], tl.load(row + TILE)[:, None]
     beta2, f2 = tl.load(row + 4 * TILE)[:, None], tl.load(row + 5 * TILE)[:, None]
     anchor_y, y = tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, D], tl.float32)
     overlap = tl.zeros([TILE, TILE], tl.float32)  # Zbar Z'
-    for j in range(SLICES):
+    for j in range(slices):
         a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
         hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
-        x, bend, curve = activate_with_curvature(dot(keys, a1), GELU)
+        x, bend, curve = activate_with_curvature(dot(keys, a1, once), GELU)
         xb = narrow(x, OPERAND)
-        back = dot(d2b, tl.trans(a2))
+        back = dot(d2b, tl.trans(a2), once)
         d1 = narrow(back * bend, OPERAND)
         tl.store(key_hidden + hidden, xb)
         tl.store(key_bend + hidden, narrow(bend, OPERAND))
         tl.store(key_curve + hidden, narrow(back * curve, OPERAND))
         tl.store(slope1 + hidden, d1)
         if NORM:
-            anchor_y += dot(xb, a2)
+            anchor_y += dot(xb, a2, once)
         weights = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
         b = base + (h * SLICES + j) * (2 * SIZE)
-        z = beta1 * dot(queries, tl.load(weights + o1)) + f1 * dot(queries, tl.load(weights + 2 * SIZE + o1))
-        z -= dot(within, d1)
+        z = beta1 * dot(queries, tl.load(weights + o1), once) + f1 * dot(
+            queries, tl.load(weights + 2 * SIZE + o1), once
+        )
+        z -= dot(within, d1, once)
         if BASE:
-            z += dot(queries, tl.load(b + o1))
+            z += dot(queries, tl.load(b + o1), once)
         z, bend = activate_with_slope(z, GELU)
         zb = narrow(z, OPERAND)
         tl.store(query_hidden + hidden, zb)
         tl.store(query_hidden_grad + hidden, narrow(bend, OPERAND))  # the gradient itself comes below
-        overlap += dot(zb, tl.trans(xb))
+        overlap += dot(zb, tl.trans(xb), once)
         if NORM:
-            y += beta2 * dot(zb, tl.load(weights + SIZE + o2)) + f2 * dot(zb, tl.load(weights + 3 * SIZE + o2))
+            y += beta2 * dot(zb, tl.load(weights + SIZE + o2), once) + f2 * dot(
+                zb, tl.load(weights + 3 * SIZE + o2), once
+            )
             if BASE:
-                y += dot(zb, tl.load(b + SIZE + o2))
+                y += dot(zb, tl.load(b + SIZE + o2), once)
     tl.debug_barrier()
 
     lg, le, th = load_gates(log_gamma, log_eta, theta, gates_at + 1, exists, FORGET, MOMENTUM)
-    reach2 = reach(lg, le, th, TILE, OPERAND)
+    reach2 = reach(lg, le, th, once, TILE, OPERAND)
     d_o = tl.load(out_grad + at, mask=valid, other=0.0).to(tl.float32)
     reached = narrow(reach2 * overlap, OPERAND)
     if NORM:
@@ -179,46 +184,46 @@ def read_backward_2(
         tl.store(pull + per_token, narrow(error + g * normalized, OPERAND))
         tl.store(norm_rows + entry * (2 * TILE) + i, tl.sum(inverse_std, 1))
         tl.store(norm_rows + entry * (2 * TILE) + TILE + i, tl.sum(error * g * normalized, 1) / D)
-        normalized, inverse_std = normalize(y - dot(reached, d2b), eps, D)
+        normalized, inverse_std = normalize(y - dot(reached, d2b, once), eps, D)
         tl.store(norm_grad + entry * (2 * D) + d, tl.sum(d_o * normalized, 0))
         tl.store(norm_grad + entry * (2 * D) + D + d, tl.sum(d_o, 0))
         d_o = through_norm(d_o * g, normalized, inverse_std, D)
     d_ob = narrow(d_o, OPERAND)
     tl.store(output_grad + per_token, d_ob)
-    tl.store(slope_part + per_token, -dot(tl.trans(reached), d_ob))
-    through = dot(d_ob, tl.trans(d2b))
+    tl.store(slope_part + per_token, -dot(tl.trans(reached), d_ob, once))
+    through = dot(d_ob, tl.trans(d2b), once)
     tl.store(reach_grad + entry * (2 * TILE * TILE) + TILE * TILE + square, narrow(-through * overlap, OPERAND))
     through_b = narrow(reach2 * through, OPERAND)
     d_beta, d_f = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-    for j in range(SLICES):
+    for j in range(slices):
         hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
         zb = tl.load(query_hidden + hidden)
-        tl.store(hidden_part + hidden, narrow(-dot(tl.trans(through_b), zb), OPERAND))
+        tl.store(hidden_part + hidden, narrow(-dot(tl.trans(through_b), zb, once), OPERAND))
         weights = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
-        by_w = dot(d_ob, tl.trans(tl.load(weights + SIZE + o2)))
+        by_w = dot(d_ob, tl.trans(tl.load(weights + SIZE + o2)), once)
         d_beta += tl.sum(zb.to(tl.float32) * by_w, 1)
         d_z = beta2 * by_w
-        by_s = dot(d_ob, tl.trans(tl.load(weights + 3 * SIZE + o2)))
+        by_s = dot(d_ob, tl.trans(tl.load(weights + 3 * SIZE + o2)), once)
         d_f += tl.sum(zb.to(tl.float32) * by_s, 1)
-        d_z += f2 * by_s - dot(through_b, tl.load(key_hidden + hidden))
+        d_z += f2 * by_s - dot(through_b, tl.load(key_hidden + hidden), once)
         if BASE:
-            d_z += dot(d_ob, tl.trans(tl.load(base + (h * SLICES + j) * (2 * SIZE) + SIZE + o2)))
+            d_z += dot(d_ob, tl.trans(tl.load(base + (h * SLICES + j) * (2 * SIZE) + SIZE + o2)), once)
         bend = tl.load(query_hidden_grad + hidden).to(tl.float32)
         tl.store(query_hidden_grad + hidden, narrow(d_z * bend, OPERAND))
         change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
         zb_t = tl.trans(zb)
-        tl.store(change + SIZE + o2, narrow(dot(zb_t, narrow(beta2 * d_o, OPERAND)), OPERAND))
-        tl.store(change + 3 * SIZE + o2, narrow(dot(zb_t, narrow(f2 * d_o, OPERAND)), OPERAND))
+        tl.store(change + SIZE + o2, narrow(dot(zb_t, narrow(beta2 * d_o, OPERAND), once), OPERAND))
+        tl.store(change + 3 * SIZE + o2, narrow(dot(zb_t, narrow(f2 * d_o, OPERAND), once), OPERAND))
     row = rows_grad + entry * (8 * TILE) + i
     tl.store(row + 4 * TILE, d_beta)
     tl.store(row + 5 * TILE, d_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOPS)
 def read_backward_1(
     q, k, log_gamma, log_eta, theta, rows, base, states, out_grad, slope1, query_hidden_grad,
     q_grad, k_part, slope1_part, update, reach_grad, rows_grad,
-    T, H, first_tile, tiles, all_tiles,
+    T, H, first_tile, tiles, all_tiles, slices, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -238,51 +243,51 @@ def read_backward_1(
     queries = narrow(tl.load(q + at, mask=valid, other=0.0), OPERAND)
     keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
     lg, le, th = load_gates(log_gamma, log_eta, theta, gates_at, exists, FORGET, MOMENTUM)
-    reach1 = reach(lg, le, th, TILE, OPERAND)
-    scores = dot(queries, tl.trans(keys))
+    reach1 = reach(lg, le, th, once, TILE, OPERAND)
+    scores = dot(queries, tl.trans(keys), once)
     within = narrow(reach1 * scores, OPERAND)
     beta1, f1 = tl.load(row)[:, None], tl.load(row + TILE)[:, None]
     d_q = tl.zeros([TILE, D], tl.float32)
     onto_keys = tl.zeros([TILE, TILE], tl.float32)  # d_Abar D1'
     d_beta, d_f = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-    for j in range(SLICES):
+    for j in range(slices):
         hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
         d_z = tl.load(query_hidden_grad + hidden)
-        onto_keys += dot(d_z, tl.trans(tl.load(slope1 + hidden)))
-        tl.store(slope1_part + hidden, narrow(-dot(tl.trans(within), d_z), OPERAND))
+        onto_keys += dot(d_z, tl.trans(tl.load(slope1 + hidden)), once)
+        tl.store(slope1_part + hidden, narrow(-dot(tl.trans(within), d_z, once), OPERAND))
         weights = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
-        by_w = dot(d_z, tl.trans(tl.load(weights + o1)))
+        by_w = dot(d_z, tl.trans(tl.load(weights + o1)), once)
         d_beta += tl.sum(queries.to(tl.float32) * by_w, 1)
         d_q += beta1 * by_w
-        by_s = dot(d_z, tl.trans(tl.load(weights + 2 * SIZE + o1)))
+        by_s = dot(d_z, tl.trans(tl.load(weights + 2 * SIZE + o1)), once)
         d_f += tl.sum(queries.to(tl.float32) * by_s, 1)
         d_q += f1 * by_s
         if BASE:
-            d_q += dot(d_z, tl.trans(tl.load(base + (h * SLICES + j) * (2 * SIZE) + o1)))
+            d_q += dot(d_z, tl.trans(tl.load(base + (h * SLICES + j) * (2 * SIZE) + o1)), once)
         change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
         wide, queries_t = d_z.to(tl.float32), tl.trans(queries)
-        tl.store(change + o1, narrow(dot(queries_t, narrow(beta1 * wide, OPERAND)), OPERAND))
-        tl.store(change + 2 * SIZE + o1, narrow(dot(queries_t, narrow(f1 * wide, OPERAND)), OPERAND))
+        tl.store(change + o1, narrow(dot(queries_t, narrow(beta1 * wide, OPERAND), once), OPERAND))
+        tl.store(change + 2 * SIZE + o1, narrow(dot(queries_t, narrow(f1 * wide, OPERAND), once), OPERAND))
 
     square = i[:, None] * TILE + i[None, :]
     tl.store(reach_grad + entry * (2 * TILE * TILE) + square, narrow(-onto_keys * scores, OPERAND))
     onto_keys = narrow(reach1 * onto_keys, OPERAND)
-    d_q -= dot(onto_keys, keys)
+    d_q -= dot(onto_keys, keys, once)
     if NORM:
         d_q += tl.load(out_grad + at, mask=valid, other=0.0).to(tl.float32)
     tl.store(q_grad + at, narrow(d_q, q_grad.dtype.element_ty), mask=valid)
-    tl.store(k_part + entry * (TILE * D) + i[:, None] * D + d[None, :], -dot(tl.trans(onto_keys), queries))
+    tl.store(k_part + entry * (TILE * D) + i[:, None] * D + d[None, :], -dot(tl.trans(onto_keys), queries, once))
     row = rows_grad + entry * (8 * TILE) + i
     tl.store(row, d_beta)
     tl.store(row + TILE, d_f)
 
 
-@triton.jit(do_not_specialize=["slices"])  # or one slice would be compiled without its loops
+@triton.jit(do_not_specialize=LOOPS)
 def state_backward(
     k, rows, ends, base, gain, starts, states, slope, anchor_grad, anchor_normalized, pull, norm_rows,
     key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
     k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
-    T, H, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices,
+    T, H, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -321,20 +326,20 @@ def state_backward(
             run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
             d_d1 = tl.load(slope1_part + hidden).to(tl.float32)
-            onto = dot(keys, narrow(tl.load(run + o1), OPERAND))
+            onto = dot(keys, narrow(tl.load(run + o1), OPERAND), once)
             d_p1 -= tl.sum(onto * d1, 1)
             d_d1 -= p1 * onto
-            onto = dot(keys, narrow(tl.load(run + 2 * SIZE + o1), OPERAND))
+            onto = dot(keys, narrow(tl.load(run + 2 * SIZE + o1), OPERAND), once)
             d_r1 -= tl.sum(onto * d1, 1)
             d_d1 -= r1 * onto
             tl.store(slope1_part + hidden, narrow(d_d1, OPERAND))
             a2 = load_anchor_2(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-            d_d2 += dot(narrow(d_d1 * tl.load(key_bend + hidden).to(tl.float32), OPERAND), a2)
+            d_d2 += dot(narrow(d_d1 * tl.load(key_bend + hidden).to(tl.float32), OPERAND), a2, once)
             xb, d2 = tl.load(key_hidden + hidden), d2b.to(tl.float32)
-            onto = dot(xb, narrow(tl.load(run + SIZE + o2), OPERAND))
+            onto = dot(xb, narrow(tl.load(run + SIZE + o2), OPERAND), once)
             d_p2 -= tl.sum(onto * d2, 1)
             d_d2 -= p2 * onto
-            onto = dot(xb, narrow(tl.load(run + 3 * SIZE + o2), OPERAND))
+            onto = dot(xb, narrow(tl.load(run + 3 * SIZE + o2), OPERAND), once)
             d_r2 -= tl.sum(onto * d2, 1)
             d_d2 -= r2 * onto
         tl.debug_barrier()
@@ -382,10 +387,10 @@ def state_backward(
             d_w2, d_s2 = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
             d2 = d2b.to(tl.float32)
             d_x = tl.load(hidden_part + hidden).to(tl.float32)
-            d_x -= dot(narrow(p2 * d2, OPERAND), tl.trans(narrow(d_w2, OPERAND)))
-            d_x -= dot(narrow(r2 * d2, OPERAND), tl.trans(narrow(d_s2, OPERAND)))
+            d_x -= dot(narrow(p2 * d2, OPERAND), tl.trans(narrow(d_w2, OPERAND)), once)
+            d_x -= dot(narrow(r2 * d2, OPERAND), tl.trans(narrow(d_s2, OPERAND)), once)
             a2 = load_anchor_2(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-            d_x += dot(d_yb, tl.trans(a2))
+            d_x += dot(d_yb, tl.trans(a2), once)
             bend = tl.load(key_bend + hidden).to(tl.float32)
             d_d1 = tl.load(slope1_part + hidden).to(tl.float32)
             d_back = narrow(d_d1 * bend, OPERAND)
@@ -393,7 +398,7 @@ def state_backward(
             tl.store(hidden_part + hidden, d_a)
             if BASE:
                 tl.store(slope1_part + hidden, d_back)
-            d_anchor = dot(tl.trans(d_back), d2b) + dot(tl.trans(tl.load(key_hidden + hidden)), d_yb)
+            d_anchor = dot(tl.trans(d_back), d2b, once) + dot(tl.trans(tl.load(key_hidden + hidden)), d_yb, once)
             if TILES_PER_CHUNK > 1:
                 d_anchor += tl.load(gathered + SIZE + o2)
                 begins = tile % TILES_PER_CHUNK == 0
@@ -423,11 +428,11 @@ def state_backward(
             d_a = tl.load(hidden_part + hidden)
             d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
-            d_k -= dot(narrow(p1 * d1, OPERAND), tl.trans(narrow(d_w1, OPERAND)))
-            d_k -= dot(narrow(r1 * d1, OPERAND), tl.trans(narrow(d_s1, OPERAND)))
+            d_k -= dot(narrow(p1 * d1, OPERAND), tl.trans(narrow(d_w1, OPERAND)), once)
+            d_k -= dot(narrow(r1 * d1, OPERAND), tl.trans(narrow(d_s1, OPERAND)), once)
             a1 = load_anchor_1(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-            d_k += dot(d_a, tl.trans(a1))
-            d_anchor = dot(tl.trans(keys), d_a)
+            d_k += dot(d_a, tl.trans(a1), once)
+            d_anchor = dot(tl.trans(keys), d_a, once)
             if TILES_PER_CHUNK > 1:
                 d_anchor += tl.load(gathered + o1)
                 begins = tile % TILES_PER_CHUNK == 0

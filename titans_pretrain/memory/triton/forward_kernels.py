@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from titans_pretrain.memory.triton.parts import (
+    LOOPS,
     activate,
     activate_with_slope,
     at_slice,
@@ -124,11 +125,11 @@ def kept_share(
     return keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOPS)
 def state_forward(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
-    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile,
+    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
     SAVE: tl.constexpr, OPERAND: tl.constexpr,
@@ -147,7 +148,7 @@ def state_forward(
     if NORM:
         g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
 
-    for j in range(SLICES):
+    for j in range(slices):
         run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
         to = states + at_slice(n, 0, j, tiles, SLICES, 4, SIZE)
         w1, w2 = tl.load(run + o1), tl.load(run + SIZE + o2)
@@ -156,14 +157,13 @@ def state_forward(
 
     total = 0.0
     for tile in range(first_tile, last_tile):
-        local = tile - first_tile
         chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
         at, valid = token_offsets(n, tile, T, H, D, TILE)
         keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
         y = tl.zeros([TILE, D], tl.float32)
-        for j in range(SLICES):
+        for j in range(slices):
             a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-            y += dot(narrow(activate(dot(keys, a1), GELU), OPERAND), a2)
+            y += dot(narrow(activate(dot(keys, a1, once), GELU), OPERAND), a2, once)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
         error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, NORM)
         total += tl.sum(tl.where(valid, error * error, 0.0))
@@ -179,18 +179,18 @@ def state_forward(
         keep = kept_share(starts, n, tile + 1, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
         pd2, rd2 = narrow(p2 * d2, OPERAND), narrow(r2 * d2, OPERAND)
         keys_t = tl.trans(keys)
-        for j in range(SLICES):
+        for j in range(slices):
             a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-            x, bend = activate_with_slope(dot(keys, a1), GELU)
-            d1 = dot(d2b, tl.trans(a2)) * bend
+            x, bend = activate_with_slope(dot(keys, a1, once), GELU)
+            d1 = dot(d2b, tl.trans(a2), once) * bend
             x_t = tl.trans(narrow(x, OPERAND))
             run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
             w, s = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
-            w1 = keep * (beta1 * w + f1 * s - dot(keys_t, narrow(p1 * d1, OPERAND)))
-            s1 = keep * (m1 * s - dot(keys_t, narrow(r1 * d1, OPERAND)))
+            w1 = keep * (beta1 * w + f1 * s - dot(keys_t, narrow(p1 * d1, OPERAND), once))
+            s1 = keep * (m1 * s - dot(keys_t, narrow(r1 * d1, OPERAND), once))
             w, s = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
-            w2 = keep * (beta2 * w + f2 * s - dot(x_t, pd2))
-            s2 = keep * (m2 * s - dot(x_t, rd2))
+            w2 = keep * (beta2 * w + f2 * s - dot(x_t, pd2, once))
+            s2 = keep * (m2 * s - dot(x_t, rd2, once))
             store_state(run, w1, w2, s1, s2, D, SLICE, tl.float32)
             keep_state(
                 states, checkpoints, anchor, w1, w2, s1, s2, n, j, tile + 1, first_tile, last_tile, all_tiles, anchor_tile,
@@ -200,11 +200,11 @@ def state_forward(
     tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LOOPS)
 def state_forward_resident(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
-    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile,
+    T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
     SAVE: tl.constexpr, OPERAND: tl.constexpr,
@@ -234,14 +234,14 @@ def state_forward_resident(
                 a2 = narrow(a2.to(tl.float32) + tl.load(to + SIZE + o2).to(tl.float32), OPERAND)
         at, valid = token_offsets(n, tile, T, H, D, TILE)
         keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
-        x, bend = activate_with_slope(dot(keys, a1), GELU)
+        x, bend = activate_with_slope(dot(keys, a1, once), GELU)
         xb = narrow(x, OPERAND)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        error, d2 = inner_gradient(dot(xb, a2), keys.to(tl.float32), values, g, b, eps, D, NORM)
+        error, d2 = inner_gradient(dot(xb, a2, once), keys.to(tl.float32), values, g, b, eps, D, NORM)
         total += tl.sum(tl.where(valid, error * error, 0.0))
         d2b = narrow(d2, OPERAND)
         tl.store(slope + at, d2b, mask=valid)
-        d1 = dot(d2b, tl.trans(a2)) * bend
+        d1 = dot(d2b, tl.trans(a2), once) * bend
 
         row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
         end = ends + (n.to(tl.int64) * all_tiles + tile) * 8
@@ -249,13 +249,13 @@ def state_forward_resident(
         p, r = tl.load(row + 2 * TILE)[:, None], tl.load(row + 3 * TILE)[:, None]
         beta, f, m = tl.load(end), tl.load(end + 1), tl.load(end + 2)
         keys_t = tl.trans(keys)
-        w1 = keep * (beta * w1 + f * s1 - dot(keys_t, narrow(p * d1, OPERAND)))
-        s1 = keep * (m * s1 - dot(keys_t, narrow(r * d1, OPERAND)))
+        w1 = keep * (beta * w1 + f * s1 - dot(keys_t, narrow(p * d1, OPERAND), once))
+        s1 = keep * (m * s1 - dot(keys_t, narrow(r * d1, OPERAND), once))
         p, r = tl.load(row + 6 * TILE)[:, None], tl.load(row + 7 * TILE)[:, None]
         beta, f, m = tl.load(end + 4), tl.load(end + 5), tl.load(end + 6)
         x_t = tl.trans(xb)
-        w2 = keep * (beta * w2 + f * s2 - dot(x_t, narrow(p * d2, OPERAND)))
-        s2 = keep * (m * s2 - dot(x_t, narrow(r * d2, OPERAND)))
+        w2 = keep * (beta * w2 + f * s2 - dot(x_t, narrow(p * d2, OPERAND), once))
+        s2 = keep * (m * s2 - dot(x_t, narrow(r * d2, OPERAND), once))
         keep_state(
             states, checkpoints, anchor, w1, w2, s1, s2, n, 0, tile + 1, first_tile, last_tile, all_tiles, anchor_tile,
             D, SLICE, SLICES, CHECKPOINT_EVERY, SAVE, OPERAND,
@@ -264,39 +264,10 @@ def state_forward_resident(
     tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
 
 
-@triton.jit
-def read_tile(
-    queries, keys, d2b, states, base, n, h, local, chunk_start, tiles,
-    beta1, f1, beta2, f2, reach1, scores, D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr,
-    TILE: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """A tile's reads before what its own second-layer updates add: (the network's output so far [TILE, D], Zbar Z'
-    [TILE, TILE] by which those updates enter)."""
-    SIZE: tl.constexpr = D * SLICE
-    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
-    y = tl.zeros([TILE, D], tl.float32)
-    overlap = tl.zeros([TILE, TILE], tl.float32)
-    within = narrow(reach1 * scores, OPERAND)
-    for j in range(SLICES):
-        a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
-        x, bend = activate_with_slope(dot(keys, a1), GELU)
-        d1 = narrow(dot(d2b, tl.trans(a2)) * bend, OPERAND)
-        at = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
-        z = beta1 * dot(queries, tl.load(at + o1)) + f1 * dot(queries, tl.load(at + 2 * SIZE + o1)) - dot(within, d1)
-        if BASE:
-            z += dot(queries, tl.load(base + (h * SLICES + j) * (2 * SIZE) + o1))
-        zbar = narrow(activate(z, GELU), OPERAND)
-        overlap += dot(zbar, tl.trans(narrow(x, OPERAND)))
-        y += beta2 * dot(zbar, tl.load(at + SIZE + o2)) + f2 * dot(zbar, tl.load(at + 3 * SIZE + o2))
-        if BASE:
-            y += dot(zbar, tl.load(base + (h * SLICES + j) * (2 * SIZE) + SIZE + o2))
-    return y, overlap
-
-
-@triton.jit
+@triton.jit(do_not_specialize=LOOPS)
 def output_forward(
     q, k, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out,
-    T, H, eps, first_tile, tiles, all_tiles,
+    T, H, eps, first_tile, tiles, all_tiles, slices, once,
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -305,6 +276,8 @@ def output_forward(
     local, n = tl.program_id(0), tl.program_id(1)
     tile = first_tile + local
     h = n % H
+    SIZE: tl.constexpr = D * SLICE
+    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
     chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
     at, valid = token_offsets(n, tile, T, H, D, TILE)
     queries = narrow(tl.load(q + at, mask=valid, other=0.0), OPERAND)
@@ -312,16 +285,30 @@ def output_forward(
     d2b = tl.load(slope + at, mask=valid, other=0.0)
     go, gv = gate_offsets(n, tile, 0, T, H, TILE)
     lg, le, th = load_gates(log_gamma, log_eta, theta, go, gv, FORGET, MOMENTUM)
-    reach1 = reach(lg, le, th, TILE, OPERAND)
+    within = narrow(reach(lg, le, th, once, TILE, OPERAND) * dot(queries, tl.trans(keys), once), OPERAND)
     row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + tl.arange(0, TILE)
     beta1, f1 = tl.load(row)[:, None], tl.load(row + TILE)[:, None]
     beta2, f2 = tl.load(row + 4 * TILE)[:, None], tl.load(row + 5 * TILE)[:, None]
-    y, overlap = read_tile(
-        queries, keys, d2b, states, base, n, h, local, chunk_start, tiles, beta1, f1, beta2, f2,
-        reach1, dot(queries, tl.trans(keys)), D, SLICE, SLICES, TILE, BASE, GELU, OPERAND,
-    )  # fmt: skip
+    y = tl.zeros([TILE, D], tl.float32)
+    overlap = tl.zeros([TILE, TILE], tl.float32)  # Zbar Z'
+    for j in range(slices):
+        a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
+        x, bend = activate_with_slope(dot(keys, a1, once), GELU)
+        d1 = narrow(dot(d2b, tl.trans(a2), once) * bend, OPERAND)
+        weights = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
+        b = base + (h * SLICES + j) * (2 * SIZE)
+        z = beta1 * dot(queries, tl.load(weights + o1), once) - dot(within, d1, once)
+        z += f1 * dot(queries, tl.load(weights + 2 * SIZE + o1), once)
+        if BASE:
+            z += dot(queries, tl.load(b + o1), once)
+        zb = narrow(activate(z, GELU), OPERAND)
+        overlap += dot(zb, tl.trans(narrow(x, OPERAND)), once)
+        y += beta2 * dot(zb, tl.load(weights + SIZE + o2), once)
+        y += f2 * dot(zb, tl.load(weights + 3 * SIZE + o2), once)
+        if BASE:
+            y += dot(zb, tl.load(b + SIZE + o2), once)
     lg, le, th = load_gates(log_gamma, log_eta, theta, go + 1, gv, FORGET, MOMENTUM)
-    y -= dot(narrow(reach(lg, le, th, TILE, OPERAND) * overlap, OPERAND), d2b)
+    y -= dot(narrow(reach(lg, le, th, once, TILE, OPERAND) * overlap, OPERAND), d2b, once)
     if NORM:
         d = tl.arange(0, D)
         normalized, _ = normalize(y, eps, D)

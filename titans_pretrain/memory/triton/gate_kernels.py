@@ -31,7 +31,7 @@ def gate_rows(
     beta, m = tl.exp(tl.cumsum(lg, 0)), tl.exp(tl.cumsum(le, 0))
     f = tl.sum(gate_products(lg, TILE) * m[None, :], 1)
     last = i == tl.minimum(TILE, T - tile * TILE) - 1
-    p = tl.sum(tl.where(last[:, None], reach(lg, le, th, TILE, OPERAND), 0.0), 0)
+    p = tl.sum(tl.where(last[:, None], reach(lg, le, th, 1, TILE, OPERAND), 0.0), 0)
     r = tl.sum(tl.where(last[:, None], gate_products(le, TILE), 0.0), 0) * th
     at = (n.to(tl.int64) * tiles + tile) * 2 + layer
     row = rows + at * (4 * TILE) + i
@@ -71,18 +71,18 @@ def gates_backward(
     d_P = tl.load(reach_grad + at * (TILE * TILE) + i[:, None] * TILE + i[None, :]).to(tl.float32)
     d_P += tl.where(last[:, None], d_p[None, :], 0.0)
 
-    c = dot(narrow(G, OPERAND), narrow(E, OPERAND))
+    c = dot(narrow(G, OPERAND), narrow(E, OPERAND), 1)
     d_c = narrow(d_P * th[None, :], OPERAND)
     d_theta = tl.sum(d_P * c, 0) + d_r * tl.sum(tl.where(last[:, None], E, 0.0), 0)
     tl.store(theta_grad + offsets + layer, d_theta, mask=valid)
     if FORGET:
-        flow = tl.where(causal, dot(d_c, narrow(tl.trans(E), OPERAND)) + d_f[:, None] * m[None, :], 0.0) * G
+        flow = tl.where(causal, dot(d_c, narrow(tl.trans(E), OPERAND), 1) + d_f[:, None] * m[None, :], 0.0) * G
         each = tl.sum(flow, 1) - tl.sum(flow, 0) + d_beta * beta
         d_lg = tl.sum(tl.where(causal, each[:, None], 0.0), 0)
         clamped = tl.load(log_gamma + offsets + layer, mask=valid, other=0.0) < MIN_LOG_GATE
         tl.store(log_gamma_grad + offsets + layer, tl.where(clamped, 0.0, d_lg), mask=valid)
     if MOMENTUM:
-        d_E = dot(narrow(tl.trans(G), OPERAND), d_c) + tl.where(last[:, None], (d_r * th)[None, :], 0.0)
+        d_E = dot(narrow(tl.trans(G), OPERAND), d_c, 1) + tl.where(last[:, None], (d_r * th)[None, :], 0.0)
         d_m = tl.sum(G * d_f[:, None], 0) + tl.where(last, tl.load(end + 2), 0.0)
         flow = tl.where(causal, d_E, 0.0) * E
         each = tl.sum(flow, 1) - tl.sum(flow, 0) + d_m * m

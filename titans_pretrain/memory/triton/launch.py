@@ -127,12 +127,13 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
                 call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts,
                 running, states, slope, checkpoints, anchor, surprise,
                 s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks, call.anchor_tile,
+                s.slices, 1,
                 **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, NORM=call.norm, SAVE=save, num_warps=8,
             )  # fmt: skip
             output_forward[(tiles, s.pairs)](
                 call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, call.bias,
-                states, slope, out, s.length, s.heads, call.eps, first, tiles, s.tiles,
-                **call.output_constants, num_warps=4,
+                states, slope, out, s.length, s.heads, call.eps, first, tiles, s.tiles, s.slices, 1,
+                **call.output_constants, num_warps=8,
             )  # fmt: skip
 
         weights = call.unpack(call.per_head(running[..., :2, :]))
@@ -175,7 +176,7 @@ def backward(
             states = call.q.new_empty(s.pairs, tiles, s.slices, 4, size)
             state_rebuild[(s.pairs, s.slices, -(-tiles // s.checkpoint_every))](
                 call.k, call.rows, call.ends, call.base, call.starts, slope, checkpoints, call.initial, states,
-                s.length, s.heads, first, tiles, s.tiles, s.chunks,
+                s.length, s.heads, first, tiles, s.tiles, s.chunks, 1,
                 **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, num_warps=8,
             )  # fmt: skip
             update = torch.empty_like(states)
@@ -193,19 +194,19 @@ def backward(
                 call.bias, states, slope, out_grad, normalized, pull, norm_rows,
                 x.key, x.key_bend, x.key_curve, x.slope1, x.query, x.query_grad,
                 output_grad, slope_part, x.key_grad, update, reach_grad, rows_grad, read_norm_grad,
-                s.length, s.heads, call.eps, first, tiles, s.tiles, **call.output_constants, num_warps=8,
+                s.length, s.heads, call.eps, first, tiles, s.tiles, s.slices, 1, **call.output_constants, num_warps=8,
             )  # fmt: skip
             read_backward_1[(tiles, s.pairs)](
                 call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, states, out_grad,
                 x.slope1, x.query_grad, q_grad, k_part, x.slope1_grad, update, reach_grad, rows_grad,
-                s.length, s.heads, first, tiles, s.tiles, **call.layer1_constants, num_warps=8,
+                s.length, s.heads, first, tiles, s.tiles, s.slices, 1, **call.layer1_constants, num_warps=8,
             )  # fmt: skip
             state_backward[(s.pairs,)](
                 call.k, call.rows, call.ends, call.base, call.gain, call.starts, states, slope, anchor_grad,
                 normalized, pull, norm_rows, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part,
                 x.key_grad, x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad,
                 norm_grad, s.length, s.heads, first, first + tiles, s.tiles, s.chunks,
-                call.anchor_tile if grads.anchor else -1, s.slices, **call.reverse_constants, num_warps=8,
+                call.anchor_tile if grads.anchor else -1, s.slices, 1, **call.reverse_constants, num_warps=8,
             )  # fmt: skip
             gates_backward[(tiles, s.pairs, 2)](
                 call.log_gamma, call.log_eta, call.theta, reach_grad, rows_grad, ends_grad,

@@ -13,6 +13,10 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
+LOOPS = ["slices", "once"]
+"""Trip counts that the compiler must not take for constants when they are 1, as it would: loops keep values that are needed
+at different times from being alive at one time, and see `dot`."""
+
 MIN_LOG_GATE = tl.constexpr(-100.0)
 """As in memory/gates.py."""
 
@@ -29,12 +33,19 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b with fp32 sums; both must already be of the operand type."""
-    if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, input_precision="ieee")
+def dot(a, b, once):
+    """a @ b with fp32 sums; both must already be of the operand type.
+
+    `once` is 1, but an argument the compiler does not know: a loop around the product hides from it that one product feeds the
+    next. In a chain it would lay all warps along the rows, and eight warps would hold and compute a 64-row tile twice over.
+    """
+    out = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    for _ in range(once):
+        if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
+            out += tl.dot(a.to(tl.float32), b.to(tl.float32))
+        else:
+            out = tl.dot(a, b, out, input_precision="ieee")
+    return out
 
 
 @triton.jit
@@ -115,11 +126,11 @@ def load_gates(log_gamma, log_eta, theta, offsets, valid, FORGET: tl.constexpr, 
 
 
 @triton.jit
-def reach(log_gamma, log_eta, theta, TILE: tl.constexpr, OPERAND: tl.constexpr):
+def reach(log_gamma, log_eta, theta, once, TILE: tl.constexpr, OPERAND: tl.constexpr):
     """P = G E diag(theta) [TILE, TILE] of a tile (memory/gates.py)."""
     g = narrow(gate_products(log_gamma, TILE), OPERAND)
     e = narrow(gate_products(log_eta, TILE), OPERAND)
-    return dot(g, e) * theta[None, :]
+    return dot(g, e, once) * theta[None, :]
 
 
 @triton.jit
