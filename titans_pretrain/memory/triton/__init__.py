@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
 from titans_pretrain.memory.state import MemoryOptions
-from titans_pretrain.memory.triton.shapes import HEAD_DIMS, MAX_CHUNK, TILE, TILE_CHUNKS, Shapes
+from titans_pretrain.memory.triton.shapes import MAX_CHUNK, MAX_HEAD_DIM, TILE, TILE_CHUNKS, Shapes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,7 +20,7 @@ OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def why_not(inputs: ScanInputs, offset: int, options: MemoryOptions) -> str | None:
-    """As `ScanPath.why_not`. Under Triton's interpreter the CPU, fp32 operands and narrower heads are welcome too."""
+    """As `ScanPath.why_not`. Under Triton's interpreter the CPU and fp32 operands are welcome too."""
     q, depth = inputs.q, len(inputs.initial_weights)
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if importlib.util.find_spec("triton") is None:
@@ -34,11 +34,13 @@ def why_not(inputs: ScanInputs, offset: int, options: MemoryOptions) -> str | No
     if depth != 2:
         return f"takes memories of 2 layers, not {depth}"
     width, hidden = inputs.initial_weights[0].shape[-2:]
-    if width not in ((16, 32, *HEAD_DIMS) if interpreted else HEAD_DIMS):
-        return f"takes head_dim {' or '.join(map(str, HEAD_DIMS))}, not {width}"
-    multiple = 16 if interpreted else 64
-    if hidden % multiple:
-        return f"takes a hidden layer that is a multiple of {multiple} wide, not {hidden}"
+    if width > MAX_HEAD_DIM:
+        return f"takes head_dim up to {MAX_HEAD_DIM}, not {width}"
+    shapes = Shapes.of(inputs, options)
+    if hidden % shapes.slice or shapes.slice not in (16, 32, 64):
+        return (
+            f"takes a hidden layer of 16, 32 or a multiple of {64 if shapes.width <= 64 else 32} channels, not {hidden}"
+        )
     chunk = options.chunk_size
     if chunk not in TILE_CHUNKS and (chunk % TILE or chunk > MAX_CHUNK):
         return f"takes chunks of {', '.join(map(str, TILE_CHUNKS))} or a multiple of {TILE} to {MAX_CHUNK}, not {chunk}"
@@ -74,6 +76,5 @@ def backward(
 def saved_like(inputs: ScanInputs, offset: int, options: MemoryOptions) -> tuple[Tensor, ...]:
     """D2 [b, t, h, d] in q's dtype, and the state at every checkpoint in fp32."""
     shapes = Shapes.of(inputs, options)
-    matrix = shapes.head_dim * shapes.slice
-    state = (shapes.pairs, shapes.checkpoints, shapes.slices, 4, matrix)
+    state = (shapes.pairs, shapes.checkpoints, shapes.slices, 4, shapes.matrix)
     return inputs.q.new_empty(inputs.q.shape), inputs.q.new_empty(state, dtype=torch.float32)

@@ -40,7 +40,7 @@ from titans_pretrain.memory.triton.parts import (
 def state_rebuild(
     k, rows, ends, base, starts, slope, checkpoints, initial, states,
     T, H, first_tile, tiles, all_tiles, chunks, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Fill `states` of the range again. With D2 known (`slope`) the hidden slices do not need each other, so all of them and
@@ -73,7 +73,7 @@ def state_rebuild(
             if BASE:
                 a1 = narrow(w1b.to(tl.float32) + b1, OPERAND)
                 a2 = narrow(w2b.to(tl.float32) + b2, OPERAND)
-        at, valid = token_offsets(n, tile, T, H, D, TILE)
+        at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
         keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
         d2b = tl.load(slope + at, mask=valid, other=0.0)
         row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
@@ -105,7 +105,7 @@ def read_backward_2(
     anchor_normalized, pull, norm_rows, key_hidden, key_bend, key_curve, slope1, query_hidden, query_hidden_grad,
     output_grad, slope_part, hidden_part, update, reach_grad, rows_grad, norm_grad,
     T, H, eps, first_tile, tiles, all_tiles, slices, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def read_backward_2(
     per_token = entry * (TILE * D) + i[:, None] * D + d[None, :]
     chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
     row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
-    at, valid = token_offsets(n, tile, T, H, D, TILE)
+    at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
     gates_at, exists = gate_offsets(n, tile, 0, T, H, TILE)
 
     queries = narrow(tl.load(q + at, mask=valid, other=0.0), OPERAND)
@@ -178,16 +178,16 @@ def read_backward_2(
     if NORM:
         g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        normalized, inverse_std = normalize(anchor_y, eps, D)
+        normalized, inverse_std = normalize(anchor_y, eps, D, HEAD_DIM)
         error = keys.to(tl.float32) + g * normalized + b - values
         tl.store(anchor_normalized + per_token, narrow(normalized, OPERAND))
         tl.store(pull + per_token, narrow(error + g * normalized, OPERAND))
         tl.store(norm_rows + entry * (2 * TILE) + i, tl.sum(inverse_std, 1))
-        tl.store(norm_rows + entry * (2 * TILE) + TILE + i, tl.sum(error * g * normalized, 1) / D)
-        normalized, inverse_std = normalize(y - dot(reached, d2b, once), eps, D)
+        tl.store(norm_rows + entry * (2 * TILE) + TILE + i, tl.sum(error * g * normalized, 1) / HEAD_DIM)
+        normalized, inverse_std = normalize(y - dot(reached, d2b, once), eps, D, HEAD_DIM)
         tl.store(norm_grad + entry * (2 * D) + d, tl.sum(d_o * normalized, 0))
         tl.store(norm_grad + entry * (2 * D) + D + d, tl.sum(d_o, 0))
-        d_o = through_norm(d_o * g, normalized, inverse_std, D)
+        d_o = through_norm(d_o * g, normalized, inverse_std, D, HEAD_DIM)
     d_ob = narrow(d_o, OPERAND)
     tl.store(output_grad + per_token, d_ob)
     tl.store(slope_part + per_token, -dot(tl.trans(reached), d_ob, once))
@@ -224,7 +224,7 @@ def read_backward_1(
     q, k, log_gamma, log_eta, theta, rows, base, states, out_grad, slope1, query_hidden_grad,
     q_grad, k_part, slope1_part, update, reach_grad, rows_grad,
     T, H, first_tile, tiles, all_tiles, slices, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """The read's first layer: d_q; the tile's share of d_K (k_part [n, tiles, TILE, D]), of d_D1 (slope1_part [n, tiles, SLICES,
@@ -237,7 +237,7 @@ def read_backward_1(
     i, d = tl.arange(0, TILE), tl.arange(0, D)
     entry = n.to(tl.int64) * tiles + local
     row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
-    at, valid = token_offsets(n, tile, T, H, D, TILE)
+    at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
     gates_at, exists = gate_offsets(n, tile, 0, T, H, TILE)
 
     queries = narrow(tl.load(q + at, mask=valid, other=0.0), OPERAND)
@@ -288,7 +288,7 @@ def state_backward(
     key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
     k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
     T, H, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles last_tile > i >= first_tile. `running` [n, 1, SLICES, 4, D * SLICE] holds d_W, d_S after the range and leaves
@@ -309,7 +309,7 @@ def state_backward(
         chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
         entry = n.to(tl.int64) * tiles + local
         per_token = entry * (TILE * D) + i[:, None] * D + d[None, :]
-        at, valid = token_offsets(n, tile, T, H, D, TILE)
+        at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
         keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
         d2b = tl.load(slope + at, mask=valid, other=0.0)
         row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + i
@@ -357,14 +357,14 @@ def state_backward(
             inverse_std = tl.load(norm_rows + entry * (2 * TILE) + i)[:, None]
             along = tl.load(norm_rows + entry * (2 * TILE) + TILE + i)[:, None]
             g, d2 = tl.load(gain + h * D + d)[None, :], d2b.to(tl.float32)
-            by_direction = (tl.sum(d_y * normalized, 1) / D)[:, None]
-            by_scale = (tl.sum(d_y * d2, 1) / D)[:, None]
-            d_slope = through_norm(d_y, normalized, inverse_std, D)
+            by_direction = (tl.sum(d_y * normalized, 1) / HEAD_DIM)[:, None]
+            by_scale = (tl.sum(d_y * d2, 1) / HEAD_DIM)[:, None]
+            d_slope = through_norm(d_y, normalized, inverse_std, D, HEAD_DIM)
             d_gain += tl.sum(d_slope * tl.load(pull + per_token).to(tl.float32), 0)
             d_error = d_slope * g
             d_bias += tl.sum(d_error, 0)
             # Normalizing is a projection times 1 / std, which takes the inner loss's slope to D2: no second error is needed.
-            d_y = through_norm(d_error * g, normalized, inverse_std, D)
+            d_y = through_norm(d_error * g, normalized, inverse_std, D, HEAD_DIM)
             d_y -= inverse_std * (along * d_slope + by_direction * d2 + by_scale * normalized)
         tl.store(v_grad + at, narrow(-d_error, v_grad.dtype.element_ty), mask=valid)
         d_yb = narrow(d_y, OPERAND)

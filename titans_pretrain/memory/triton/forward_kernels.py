@@ -68,12 +68,12 @@ def load_anchor(
 
 
 @triton.jit
-def inner_gradient(y, k, v, gain, bias, eps, D: tl.constexpr, NORM: tl.constexpr):
+def inner_gradient(y, k, v, gain, bias, eps, D: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
     """The error M(k) - v and the gradient of 0.5 * error^2 with respect to the network's output y."""
     if NORM:
-        normalized, inverse_std = normalize(y, eps, D)
+        normalized, inverse_std = normalize(y, eps, D, HEAD_DIM)
         error = k + gain * normalized + bias - v
-        return error, through_norm(error * gain, normalized, inverse_std, D)
+        return error, through_norm(error * gain, normalized, inverse_std, D, HEAD_DIM)
     else:
         return y - v, y - v
 
@@ -130,7 +130,7 @@ def state_forward(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
     T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
     SAVE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -158,14 +158,14 @@ def state_forward(
     total = 0.0
     for tile in range(first_tile, last_tile):
         chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
-        at, valid = token_offsets(n, tile, T, H, D, TILE)
+        at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
         keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
         y = tl.zeros([TILE, D], tl.float32)
         for j in range(slices):
             a1, a2 = load_anchor(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
             y += dot(narrow(activate(dot(keys, a1, once), GELU), OPERAND), a2, once)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, NORM)
+        error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, HEAD_DIM, NORM)
         total += tl.sum(tl.where(valid, error * error, 0.0))
         d2b = narrow(d2, OPERAND)
         tl.store(slope + at, d2b, mask=valid)
@@ -205,7 +205,7 @@ def state_forward_resident(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
     T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
     SAVE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -232,12 +232,12 @@ def state_forward_resident(
                 to = base + h * (2 * SIZE)
                 a1 = narrow(a1.to(tl.float32) + tl.load(to + o1).to(tl.float32), OPERAND)
                 a2 = narrow(a2.to(tl.float32) + tl.load(to + SIZE + o2).to(tl.float32), OPERAND)
-        at, valid = token_offsets(n, tile, T, H, D, TILE)
+        at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
         keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
         x, bend = activate_with_slope(dot(keys, a1, once), GELU)
         xb = narrow(x, OPERAND)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
-        error, d2 = inner_gradient(dot(xb, a2, once), keys.to(tl.float32), values, g, b, eps, D, NORM)
+        error, d2 = inner_gradient(dot(xb, a2, once), keys.to(tl.float32), values, g, b, eps, D, HEAD_DIM, NORM)
         total += tl.sum(tl.where(valid, error * error, 0.0))
         d2b = narrow(d2, OPERAND)
         tl.store(slope + at, d2b, mask=valid)
@@ -268,7 +268,7 @@ def state_forward_resident(
 def output_forward(
     q, k, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out,
     T, H, eps, first_tile, tiles, all_tiles, slices, once,
-    D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +279,7 @@ def output_forward(
     SIZE: tl.constexpr = D * SLICE
     o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
     chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
-    at, valid = token_offsets(n, tile, T, H, D, TILE)
+    at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
     queries = narrow(tl.load(q + at, mask=valid, other=0.0), OPERAND)
     keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
     d2b = tl.load(slope + at, mask=valid, other=0.0)
@@ -311,7 +311,7 @@ def output_forward(
     y -= dot(narrow(reach(lg, le, th, once, TILE, OPERAND) * overlap, OPERAND), d2b, once)
     if NORM:
         d = tl.arange(0, D)
-        normalized, _ = normalize(y, eps, D)
+        normalized, _ = normalize(y, eps, D, HEAD_DIM)
         y = (
             queries.to(tl.float32)
             + normalized * tl.load(gain + h * D + d)[None, :]

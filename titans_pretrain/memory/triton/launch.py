@@ -40,8 +40,8 @@ class _Call:
         w1, w2 = inputs.initial_weights
         self.base = self.pack(w1, w2).to(self.q.dtype) if self.toward_init else self.q
         self.norm = inputs.norm_weight is not None
-        self.gain = self.theta if inputs.norm_weight is None else inputs.norm_weight.float().contiguous()
-        self.bias = self.theta if inputs.norm_bias is None else inputs.norm_bias.float().contiguous()
+        self.gain = self.theta if inputs.norm_weight is None else self.pad(inputs.norm_weight.float())
+        self.bias = self.theta if inputs.norm_bias is None else self.pad(inputs.norm_bias.float())
         starts = inputs.document_starts
         self.starts = self.theta if starts is None else starts.to(torch.float32).contiguous()
 
@@ -50,7 +50,7 @@ class _Call:
         gates = {"FORGET": inputs.log_gamma is not None, "MOMENTUM": inputs.log_eta is not None, "OPERAND": operand}
         self.gate_constants = {**tile, **gates}
         network = {
-            "D": s.head_dim, "SLICE": s.slice, "SLICES": s.slices, **tile, "TILES_PER_CHUNK": s.tiles_per_chunk,
+            "D": s.width, "HEAD_DIM": s.head_dim, "SLICE": s.slice, "SLICES": s.slices, **tile, "TILES_PER_CHUNK": s.tiles_per_chunk,
             "BASE": self.toward_init, "GELU": options.activation == "gelu",
         }  # fmt: skip
         self.output_constants = {**network, **gates, "NORM": self.norm}
@@ -68,7 +68,7 @@ class _Call:
         self.ends = self.floats(s.pairs, s.tiles, 2, 4)
         gate_rows[(s.tiles, s.pairs, 2)](
             self.log_gamma, self.log_eta, self.theta, self.rows, self.ends, s.length, s.heads, s.tiles,
-            **self.gate_constants, num_warps=4,
+            **self.gate_constants, num_warps=8,
         )  # fmt: skip
 
         # The state before token 0: M = W - base, S; nothing where a document starts.
@@ -85,20 +85,25 @@ class _Call:
     def zeros(self, *shape: int) -> Tensor:
         return self.q.new_zeros(shape, dtype=torch.float32)
 
+    def pad(self, x: Tensor) -> Tensor:
+        """Zeros in the channels past head_dim."""
+        return F.pad(x, (0, self.shapes.width - self.shapes.head_dim)).contiguous()
+
     def pack(self, first: Tensor, second: Tensor) -> Tensor:
-        """[..., d, hidden] and [..., hidden, d] -> [..., slices, 2, d * slice]."""
-        cut = (self.shapes.slices, self.shapes.slice)
+        """[..., d, hidden] and [..., hidden, d] -> [..., slices, 2, D * slice], D being the padded d."""
+        cut, extra = (self.shapes.slices, self.shapes.slice), self.shapes.width - self.shapes.head_dim
+        first, second = F.pad(first, (0, 0, 0, extra)), F.pad(second, (0, extra))
         return torch.stack(
             [first.unflatten(-1, cut).movedim(-2, -3).flatten(-2), second.unflatten(-2, cut).flatten(-2)], -2
         )
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `pack`."""
-        width, size = self.shapes.head_dim, self.shapes.slice
+        width, size, kept = self.shapes.width, self.shapes.slice, self.shapes.head_dim
         first, second = packed.unbind(-2)
         return (
-            first.unflatten(-1, (width, size)).movedim(-3, -2).flatten(-2).contiguous(),
-            second.unflatten(-1, (size, width)).flatten(-3, -2).contiguous(),
+            first.unflatten(-1, (width, size)).movedim(-3, -2).flatten(-2)[..., :kept, :].contiguous(),
+            second.unflatten(-1, (size, width)).flatten(-3, -2)[..., :kept].contiguous(),
         )
 
     def per_head(self, packed: Tensor) -> Tensor:
@@ -108,11 +113,11 @@ class _Call:
 
 def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResult:
     """The scan from the start of a chunk."""
-    with torch.device(inputs.q.device), _on(inputs.q):
+    with torch.cuda.device_of(inputs.q):
         call = _Call(inputs, options)
         s = call.shapes
         out, slope = torch.empty_like(call.q), torch.empty_like(call.q)
-        checkpoints = call.floats(s.pairs, s.checkpoints if save else 0, s.slices, 4, s.head_dim * s.slice)
+        checkpoints = call.floats(s.pairs, s.checkpoints if save else 0, s.slices, 4, s.matrix)
         running = call.initial.clone()
         anchor = (
             call.initial[..., :2, :].contiguous()
@@ -153,7 +158,7 @@ def backward(
     inputs: ScanInputs, options: MemoryOptions, saved: tuple[Tensor, ...], grads: ResultGradients
 ) -> ScanGradients:
     """The gradient of every input of `forward`."""
-    with torch.device(inputs.q.device), _on(inputs.q):
+    with torch.cuda.device_of(inputs.q):
         call = _Call(inputs, options)
         s = call.shapes
         slope, checkpoints = saved
@@ -162,7 +167,7 @@ def backward(
         theta_grad = torch.empty_like(call.theta)
         log_gamma_grad = theta_grad if inputs.log_gamma is None else torch.empty_like(theta_grad)
         log_eta_grad = theta_grad if inputs.log_eta is None else torch.empty_like(theta_grad)
-        size = s.head_dim * s.slice
+        size = s.matrix
         running = call.zeros(s.pairs, 1, s.slices, 4, size)
         for part, given in ((0, grads.weights), (2, grads.momentum)):
             if given and (part == 0 or inputs.log_eta is not None):
@@ -170,7 +175,7 @@ def backward(
         anchor_grad = call.pack(*grads.anchor).flatten(0, 1).unsqueeze(1).contiguous() if grads.anchor else running
         chunk_grad = call.zeros(s.pairs, 1, s.slices, 2, size) if s.tiles_per_chunk > 1 else running
         base_grad = call.zeros(s.heads, s.slices, 2, size)
-        norm_grad = call.zeros(s.pairs, 2, s.head_dim)
+        norm_grad = call.zeros(s.pairs, 2, s.width)
 
         for first, tiles in reversed(list(s.ranges(backward=True))):
             states = call.q.new_empty(s.pairs, tiles, s.slices, 4, size)
@@ -181,14 +186,14 @@ def backward(
             )  # fmt: skip
             update = torch.empty_like(states)
             x = _Hidden(*(call.q.new_empty(s.pairs, tiles, s.slices, s.tile, s.slice) for _ in _Hidden._fields))
-            k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.head_dim) for _ in range(2))
+            k_part, slope_part = (call.floats(s.pairs, tiles, s.tile, s.width) for _ in range(2))
             output_grad, output_slope, normalized, pull = (
-                call.q.new_empty(s.pairs, tiles, s.tile, s.head_dim) for _ in range(4)
+                call.q.new_empty(s.pairs, tiles, s.tile, s.width) for _ in range(4)
             )
             norm_rows = call.floats(s.pairs, tiles, 2, s.tile)
             reach_grad = call.q.new_empty(s.pairs, tiles, 2, s.tile, s.tile)
             rows_grad, ends_grad = call.floats(s.pairs, tiles, 2, 4, s.tile), call.floats(s.pairs, tiles, 2, 4)
-            read_norm_grad = call.floats(s.pairs, tiles if call.norm else 0, 2, s.head_dim)
+            read_norm_grad = call.floats(s.pairs, tiles if call.norm else 0, 2, s.width)
             read_backward_2[(tiles, s.pairs)](
                 call.q, call.k, call.v, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain,
                 call.bias, states, slope, out_grad, normalized, pull, norm_rows,
@@ -228,7 +233,7 @@ def backward(
                     total += grad.sum(0)
         else:
             initial_grads = tuple(torch.zeros_like(w) for w in inputs.initial_weights)
-        norms = norm_grad.unflatten(0, (s.batch, s.heads)).sum(0).unbind(1)
+        norms = norm_grad[..., : s.head_dim].unflatten(0, (s.batch, s.heads)).sum(0).unbind(1)
         return ScanGradients(
             q_grad, k_grad, v_grad,
             None if inputs.log_gamma is None else log_gamma_grad, None if inputs.log_eta is None else log_eta_grad,
@@ -267,7 +272,7 @@ def _base_gradient(
     def per_tile(tokens: Tensor) -> Tensor:  # [b, t, h, d] -> [b, h, tiles, tile, d]
         span = s.tile * tiles
         part = tokens[:, first * s.tile : first * s.tile + span]
-        part = F.pad(part, (0, 0, 0, 0, 0, span - part.shape[1]))
+        part = F.pad(part, (0, s.width - s.head_dim, 0, 0, 0, span - part.shape[1]))
         return part.unflatten(1, (tiles, s.tile)).permute(0, 3, 1, 2, 4)
 
     def heads(packed: Tensor) -> Tensor:
@@ -283,7 +288,3 @@ def _base_gradient(
     layer2 = second_layer(x.query, heads(output_grad)) + second_layer(x.key, heads(output_slope))
     layer2 += second_layer(x.slope1_grad, per_tile(slope))
     return torch.stack([layer1, layer2], -2)
-
-
-def _on(x: Tensor) -> Any:
-    return torch.cuda.device_of(x)

@@ -83,19 +83,25 @@ def activate_with_curvature(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, eps, D: tl.constexpr):
+def channels(D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[1, D]: which channels exist. A head narrower than a power of two is padded with zeros."""
+    return (tl.arange(0, D) < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def normalize(x, eps, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Rows of x with mean 0 and variance 1, and 1 / their standard deviations [TILE, 1]."""
-    centred = x - (tl.sum(x, 1) / D)[:, None]
-    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)[:, None]
+    centred = tl.where(channels(D, HEAD_DIM), x - (tl.sum(x, 1) / HEAD_DIM)[:, None], 0.0)
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1) / HEAD_DIM + eps)[:, None]
     return centred * inverse_std, inverse_std
 
 
 @triton.jit
-def through_norm(grad, normalized, inverse_std, D: tl.constexpr):
+def through_norm(grad, normalized, inverse_std, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The gradient with respect to x of `normalize(x)`, from that of its first result. The map is its own transpose."""
-    mean = (tl.sum(grad, 1) / D)[:, None]
-    along = (tl.sum(grad * normalized, 1) / D)[:, None]
-    return inverse_std * (grad - mean - normalized * along)
+    mean = (tl.sum(grad, 1) / HEAD_DIM)[:, None]
+    along = (tl.sum(grad * normalized, 1) / HEAD_DIM)[:, None]
+    return tl.where(channels(D, HEAD_DIM), inverse_std * (grad - mean - normalized * along), 0.0)
 
 
 @triton.jit
@@ -141,11 +147,11 @@ def gate_offsets(n, tile, layer: tl.constexpr, T, H, TILE: tl.constexpr):
 
 
 @triton.jit
-def token_offsets(n, tile, T, H, D: tl.constexpr, TILE: tl.constexpr):
-    """Where a tile of [b, t, h, d] lies, and which of its tokens exist [TILE, 1]."""
+def token_offsets(n, tile, T, H, D: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr):
+    """Where a tile of [b, t, h, d] lies, and which of its elements exist, both [TILE, D]."""
     t = tile * TILE + tl.arange(0, TILE)
     rows = ((n // H).to(tl.int64) * T + t) * H + n % H
-    return rows[:, None] * D + tl.arange(0, D)[None, :], (t < T)[:, None]
+    return rows[:, None] * HEAD_DIM + tl.arange(0, D)[None, :], (t < T)[:, None] & channels(D, HEAD_DIM)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from titans_pretrain.memory.state import MemoryOptions
 TILE = 64
 """Tokens of a tile in chunks of 64 and more; a shorter chunk is one tile."""
 
-HEAD_DIMS = (64, 128)
+MAX_HEAD_DIM = 128
 TILE_CHUNKS = (16, 32, 64)
 MAX_CHUNK = 4096
 
@@ -62,9 +62,19 @@ class Shapes:
         return -(-self.length // self.chunk)
 
     @property
+    def width(self) -> int:
+        """D in the kernels: head_dim padded to a power of two."""
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    @property
     def slice(self) -> int:
-        """Hidden channels worked on at a time: a [head_dim, slice] matrix in fp32 is at most 16 KiB."""
-        return min(self.hidden, 64 if self.head_dim <= 64 else 32)
+        """Hidden channels worked on at a time: a [width, slice] matrix in fp32 is at most 16 KiB."""
+        return min(self.hidden, 64 if self.width <= 64 else 32)
+
+    @property
+    def matrix(self) -> int:
+        """Elements of a slice of one layer's weights."""
+        return self.width * self.slice
 
     @property
     def slices(self) -> int:
@@ -88,9 +98,9 @@ class Shapes:
 
     def ranges(self, backward: bool) -> Iterator[tuple[int, int]]:
         """(first tile, tiles) of runs that begin at a checkpoint and whose scratch arrays fit SCRATCH_BYTES, in order."""
-        matrix = self.head_dim * self.hidden * self.operand_bytes
+        matrix = self.width * self.hidden * self.operand_bytes
         rows = self.tile * self.hidden * self.operand_bytes
-        bytes_per_tile = self.pairs * (8 * matrix + 4 * rows if backward else 4 * matrix)
+        bytes_per_tile = self.pairs * (8 * matrix + 8 * rows if backward else 4 * matrix)
         step = self.checkpoint_every
         step *= max(1, math.floor(SCRATCH_BYTES / bytes_per_tile / step))
         for first in range(0, self.tiles, step):
