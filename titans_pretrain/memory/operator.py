@@ -66,7 +66,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
     with _without_autocast(inputs.q):
         result = PATHS[path].forward(inputs, offset, options, want_surprise, save)
     assert bool(result.anchor) == ends_in_own_chunk(inputs.q.shape[1], offset, options.chunk_size)
-    return [x.contiguous() for x in _tensors(result)]
+    return _own(_tensors(result), arguments)
 
 
 def _forward_like(*arguments: Any) -> list[Tensor]:
@@ -87,12 +87,27 @@ def _backward(*arguments: Any) -> list[Tensor]:
     grads = ResultGradients(out, tuple(weights), tuple(momentum), tuple(anchor))
     with _without_autocast(inputs.q):
         found = PATHS[path].backward(inputs, offset, options, tuple(saved), grads)
-    return [x.contiguous() for x in _tensors(found)]
+    return _own(_tensors(found), arguments)
 
 
 def _backward_like(*arguments: Any) -> list[Tensor]:
     inputs, *_ = _parse(arguments)
     return [x.new_empty(x.shape) for x in _tensors(inputs[:-1])]
+
+
+def _own(results: Iterator[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+    """Results in one piece of memory each and none in another's or an argument's, as torch.library demands: a gradient that
+    passes through unchanged is copied."""
+    given = _tensors([tuple(x) if isinstance(x, list) else x for x in arguments if isinstance(x, (Tensor, list))])
+    taken = {x.untyped_storage().data_ptr() for x in given}
+    owned = []
+    for result in results:
+        x = result.contiguous()
+        if x.untyped_storage().data_ptr() in taken and x.numel():
+            x = x.clone()
+        taken.add(x.untyped_storage().data_ptr())
+        owned.append(x)
+    return owned
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
