@@ -3,15 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from titans_pretrain.errors import UserError
-from titans_pretrain.memory.closed_form import scan_closed_form
+from titans_pretrain.memory import closed_form
+from titans_pretrain.memory.path import ResultGradients, ScanInputs
 from titans_pretrain.memory.reference import scan_reference
 from titans_pretrain.memory.state import MemoryOptions, MemoryState, initial_state
+
+
+class _ClosedForm(torch.autograd.Function):
+    """closed_form.py below autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, offset: int, options: MemoryOptions, depth: int, surprise: bool, *flat: Any) -> Any:
+        inputs = _unflatten(flat, depth, offset)
+        save = any(ctx.needs_input_grad)
+        found = closed_form.forward(inputs, offset, options, surprise, save)
+        ctx.save_for_backward(*flat, *found.saved)
+        ctx.others = (offset, options, depth, len(flat), len(found.anchor))
+        ctx.mark_non_differentiable(found.surprise)
+        return found.out, *found.weights, *found.momentum, *found.anchor, found.surprise
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        offset, options, depth, count, _ = ctx.others
+        flat, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        inputs = _unflatten(flat, depth, offset)
+        given = ResultGradients(
+            grads[0], grads[1 : depth + 1], grads[depth + 1 : 2 * depth + 1], grads[2 * depth + 1 : -1]
+        )
+        found = closed_form.backward(inputs, offset, options, saved, given)
+        flat_grads = (*found[:6], *found[7:9], *found.initial_weights, *found[9], *found[10], *found[11])
+        return None, None, None, None, *flat_grads
+
+
+def _unflatten(flat: Any, depth: int, offset: int) -> ScanInputs:
+    lists = [tuple(flat[8 + i * depth : 8 + (i + 1) * depth]) for i in range(4 if offset else 3)]
+    q, k, v, log_gamma, log_eta, theta, gain, bias = flat[:8]
+    anchor = lists[3] if offset else ()
+    return ScanInputs(q, k, v, log_gamma, log_eta, theta, lists[0], gain, bias, lists[1], lists[2], anchor, None)
+
+
+def scan_closed_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gamma: Tensor | None,
+    log_eta: Tensor | None,
+    theta: Tensor,
+    initial_weights: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    state: MemoryState,
+    options: MemoryOptions,
+    want_surprise: bool,
+) -> tuple[Tensor, MemoryState, Tensor | None]:
+    depth, offset = len(initial_weights), state.offset
+    flat = (q, k, v, log_gamma, log_eta, theta, norm_weight, norm_bias, *initial_weights, *state.weights)
+    flat = (*flat, *state.momentum, *(state.anchor if offset else ()))
+    out, *rest = _ClosedForm.apply(offset, options, depth, want_surprise, *flat)
+    weights, momentum, anchor = tuple(rest[:depth]), tuple(rest[depth : 2 * depth]), tuple(rest[2 * depth : -1])
+    after = (offset + q.shape[1]) % options.chunk_size
+    if not after:
+        anchor = weights
+    elif not anchor:
+        anchor = state.anchor
+    return out, MemoryState(weights, momentum, anchor, after), rest[-1] if want_surprise else None
+
 
 PATHS = {"closed_form": scan_closed_form, "reference": scan_reference}
 DEFAULT_OPTIONS = MemoryOptions()
@@ -122,8 +184,9 @@ def memory_scan(
         weights, momentum, anchor = (tuple(x.to(dtype) for x in field) for field in state[:3])
         state = MemoryState(weights, momentum, anchor, state.offset)
     with torch.autocast(q.device.type, enabled=False):
+        tokens = (q, k, v) if scan is scan_closed_form else (q.to(dtype), k.to(dtype), v.to(dtype))
         out, state, squares = scan(
-            q.to(dtype), k.to(dtype), v.to(dtype), wide(log_gamma), wide(log_eta), theta.to(dtype),
+            *tokens, wide(log_gamma), wide(log_eta), theta.to(dtype),
             start, wide(norm_weight), wide(norm_bias), state, options, return_signals,
         )  # fmt: skip
     if squares is None:
