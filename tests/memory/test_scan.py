@@ -21,7 +21,6 @@ from titans_pretrain.memory import (
     memory_scan,
     operator,
 )
-from titans_pretrain.memory.gates import piece_gates
 from titans_pretrain.memory.path import ScanInputs, ScanResult
 from titans_pretrain.memory.scan import choose_path
 
@@ -53,7 +52,7 @@ def test_two_halves_equal_the_whole(chunk: int) -> None:
     for cut in (1, 49, 64, 99):
         assert_same(scan_in_parts(problem, [cut], options), whole, 1e-12)
     single = problem.to(torch.float32)
-    assert_same(scan_in_parts(single, [49], options), memory_scan(*single, options=options), 1e-5)
+    assert_same(scan_in_parts(single, [49], options), memory_scan(*single, options=options), 5e-5)
 
 
 @torch.no_grad()
@@ -152,14 +151,13 @@ def test_extreme_gates_stay_finite(log_gamma: float, log_eta: float, dtype: torc
                 assert_same((out, state), memory_scan(*problem, options=options, path="reference"))
 
 
-def test_slow_forgetting_loses_no_digits() -> None:
-    """1 - beta of a few 1e-7 in fp32: it is what pulls the weights to their initial values, so it must not cancel."""
-    log_gamma = torch.full((1, 1, 8), -1e-7, dtype=torch.float64)
-    theta = torch.ones(1, 1, 8, dtype=torch.float64)
-    wide, narrow = (piece_gates(log_gamma.to(d), None, theta.to(d))[0].lost for d in (torch.float64, torch.float32))
-    assert wide is not None
-    assert narrow is not None
-    assert error(narrow.double(), wide) < 1e-6
+@torch.no_grad()
+def test_forgetting_leaves_the_initial_weights_where_they_are() -> None:
+    """In fp32 too, exactly: nothing but the difference from them decays."""
+    problem = make_problem(100, 2).to(torch.float32)
+    problem = problem._replace(theta=torch.zeros_like(problem.theta))
+    _, state = memory_scan(*problem, options=MemoryOptions(16))
+    assert all(torch.equal(w[0], w0) for w, w0 in zip(state.weights, problem.initial_weights, strict=True))
 
 
 @pytest.mark.parametrize("path", ["closed_form", "reference"])

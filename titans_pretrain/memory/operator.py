@@ -54,7 +54,7 @@ def scan(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions, wan
 def ends_in_own_chunk(length: int, offset: int, chunk_size: int) -> bool:
     """Whether a chunk is open after `length` tokens that begin `offset` tokens into one, and began among them: then, and
     only then, a path returns its anchor."""
-    return (offset + length) % chunk_size != 0 and (offset == 0 or offset + length > chunk_size)
+    return 0 < (offset + length) % chunk_size <= length
 
 
 # ------------------------------------------------------------------------------------------------------------- operators
