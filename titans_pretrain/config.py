@@ -112,6 +112,9 @@ class ModelConfig:
     conv_kernel: int = 4
     """Taps of the causal depthwise convolution on the memory's q, k, v. 1: no convolution. Default: the paper's family
     (Mamba, Gated DeltaNet)."""
+    compile: bool = False
+    """Run the blocks of the training forward through torch.compile. Speed only: not part of the model, checkpoints and
+    exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there."""
 
     @property
     def head_dim(self) -> int:
@@ -478,6 +481,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_model(config.model)
     _check_batch(config)
+    _check_compile(config)
 
 
 def _check_ranges(config: Config) -> None:
@@ -564,6 +568,14 @@ def _check_batch(config: Config) -> None:
         raise UserError(
             "engine.zero_stage=0 with engine.precision=bf16 gives wrong AdamW updates in DeepSpeed; "
             "use engine.zero_stage=1 (the same without sharding on one process) or engine.precision=fp32"
+        )
+
+
+def _check_compile(config: Config) -> None:
+    if config.model.compile and config.engine.zero_stage == 3:
+        raise UserError(
+            "model.compile=true does not go with engine.zero_stage=3, which gathers parameters between the layers of a "
+            "block and would cut what is compiled to pieces; use engine.zero_stage=2 or model.compile=false"
         )
 
 

@@ -16,8 +16,8 @@ from tests.memory.problem import (
     scan_in_parts,
     state_tensors,
 )
-from titans_pretrain.memory import MemoryOptions, MemoryState, closed_form, memory_scan, tile_length
-from titans_pretrain.memory.closed_form import piece_runs
+from titans_pretrain.memory import MemoryOptions, MemoryState, memory_scan, pieces, tile_length
+from titans_pretrain.memory.pieces import cut_pieces
 
 FORGET = [None, "init", "zero"]
 
@@ -61,10 +61,10 @@ def test_long_chunks_equal_the_token_loop(momentum: bool, forget: str | None) ->
 def test_pieces_cover_the_sequence_and_stop_at_chunk_ends() -> None:
     assert tile_length(16) == 16
     assert tile_length(160) == 64
-    assert list(piece_runs(70, 0, 16)) == [(0, 16, 4), (64, 6, 1)]
-    assert list(piece_runs(70, 10, 16)) == [(0, 6, 1), (6, 16, 4)]
-    assert list(piece_runs(320, 0, 160)) == [(0, 64, 2), (128, 32, 1), (160, 64, 2), (288, 32, 1)]
-    assert list(piece_runs(5, 150, 160)) == [(0, 5, 1)]
+    assert cut_pieces(40, 0, 16) == [(0, 16, 0), (16, 16, 1), (32, 8, 2)]
+    assert cut_pieces(40, 10, 16) == [(0, 6, None), (6, 16, 0), (22, 16, 1), (38, 2, 2)]
+    assert cut_pieces(200, 0, 160) == [(0, 64, 0), (64, 64, None), (128, 32, None), (160, 40, 1)]
+    assert cut_pieces(5, 150, 160) == [(0, 5, None)]
 
 
 def check_gradients(
@@ -111,7 +111,7 @@ def test_gradients_equal_the_token_loops_with_silu(depth: int) -> None:
 
 
 def test_gradients_equal_the_token_loops_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "TILE", 4)
+    monkeypatch.setattr(pieces, "TILE", 4)
     for forget, depth in itertools.product(FORGET, (1, 2)):
         check_gradients(depth, True, True, forget, chunk=11, offset=3)
 

@@ -1,7 +1,7 @@
 """The neural long-term memory as functions on tensors: scan a sequence into it, read it, carry its state."""
 
-from titans_pretrain.memory.closed_form import tile_length
 from titans_pretrain.memory.network import memory_read
+from titans_pretrain.memory.pieces import tile_length
 from titans_pretrain.memory.scan import memory_scan
 from titans_pretrain.memory.state import MemoryOptions, MemoryState, begin_chunk, initial_state
 

@@ -1,185 +1,91 @@
 """The memory over a whole sequence by the chunk algebra of method.md section 1: no weights of single tokens, ever.
 
-The sequence is cut into pieces: the tokens of one chunk, or, in a chunk longer than 64, of one tile of it. Within a piece
-all gradients are taken at the anchor (the weights at the start of the chunk), so every layer's pre-activation at every
-token is a few matrix products away from the state (W, S) at the start of the piece. Per memory layer, with X the layer's
-inputs for the keys and Y for the queries, D the loss gradient at the layer's output for the keys, P, beta, f of gates.py:
+A path as path.py describes it, on any device. Here is the walk over the sequence; the algebra of one piece is in
+piece_forward.py, how the sequence is cut in pieces.py, and the way back in closed_form_backward.py. Pieces follow each other
+in order: a deep memory is a true recurrence from chunk to chunk. For the way back only the states (W, S) at the starts of
+segments are kept.
 
-    Y W_t  =  beta * (Y W) + f * (Y S) - (P * (Y X')) D          W <- beta_T W + f_T S - (p * X)' D
-
-and, forgetting toward W_init, `beta W + (1 - beta) W_init` wherever `beta W` stands. Pieces follow each other in order: a
-deep memory is a true recurrence from chunk to chunk. Whatever does not depend on the state is computed before the loop.
-
-Shapes: n = batch * heads, T tokens of a piece, d head_dim; tensors in the loop are [n, T, channels].
+Shapes: n = batch * heads, l memory layers.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
-from titans_pretrain.memory.gates import PieceGates, piece_gates
-from titans_pretrain.memory.network import Norm, activate, activate_with_slope, loss_slope
-from titans_pretrain.memory.state import MemoryOptions, MemoryState
+from titans_pretrain.memory.closed_form_backward import backward
+from titans_pretrain.memory.path import ScanInputs, ScanResult
+from titans_pretrain.memory.piece_forward import (
+    begin_piece,
+    first_carried,
+    key_side,
+    make_rule,
+    read,
+    read_after,
+    with_home,
+    write,
+)
+from titans_pretrain.memory.pieces import cut_segments, gate_runs, per_head, per_token
+from titans_pretrain.memory.state import MemoryOptions
 
-TILE = 64
-"""Longest piece in tokens: no gate matrix is larger than TILE x TILE."""
-
-
-def tile_length(chunk_size: int) -> int:
-    """Tokens of a full piece: a chunk, or TILE tokens of a longer chunk."""
-    return min(chunk_size, TILE)
-
-
-def scan_closed_form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_gamma: Tensor | None,
-    log_eta: Tensor | None,
-    theta: Tensor,
-    initial_weights: Sequence[Tensor],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    state: MemoryState,
-    options: MemoryOptions,
-    want_surprise: bool,
-) -> tuple[Tensor, MemoryState, Tensor | None]:
-    """`memory_scan` on checked arguments of one dtype, with the state given. The last result is the sum of 0.5 * error^2
-    over everything, detached, or None."""
-    batch, length, heads, _ = q.shape
-    depth = len(initial_weights)
-    norm = None
-    if norm_weight is not None and norm_bias is not None:
-        gain, bias = (x.expand(batch, *x.shape).reshape(batch * heads, 1, -1) for x in (norm_weight, norm_bias))
-        norm = Norm(gain, bias, options.norm_eps)
-    toward: list[Tensor] | None = None
-    if log_gamma is not None and options.forget_toward == "init":
-        toward = [w.expand(batch, *w.shape).flatten(0, 1) for w in initial_weights]
-
-    weights = [w.flatten(0, 1) for w in state.weights]
-    momentum = [s.flatten(0, 1) for s in state.momentum]
-    offset = state.offset
-    anchor = list(weights) if offset == 0 else [w.flatten(0, 1) for w in state.anchor]
-
-    surprise = torch.zeros((), dtype=q.dtype, device=q.device) if want_surprise else None
-    reads: list[Tensor] = []
-    for start, size, count in piece_runs(length, offset, options.chunk_size):
-        span = slice(start, start + size * count)
-        queries, keys, values = (_pieces(x[:, span], count) for x in (q, k, v))
-        gates = piece_gates(
-            None if log_gamma is None else _gate_pieces(log_gamma[:, span], count),
-            None if log_eta is None else _gate_pieces(log_eta[:, span], count),
-            _gate_pieces(theta[:, span], count),
-        )
-        scores = (queries @ keys.transpose(-1, -2)).unbind(0) if size > 1 else ()
-        for i, (query, key, value) in enumerate(zip(queries.unbind(0), keys.unbind(0), values.unbind(0), strict=True)):
-            inputs, slopes, error = _gradients(key, value, anchor, norm, options.activation)
-            if surprise is not None:
-                surprise += 0.5 * error.detach().square().sum()
-            read, before = query, list(zip(weights, momentum, strict=True))
-            for layer, (w, s) in enumerate(before):
-                if layer > 0:
-                    read = activate(read, options.activation)
-                gate, w0 = gates[i * depth + layer], None if toward is None else toward[layer]
-                weights[layer], momentum[layer] = _write(inputs[layer], slopes[layer], w, s, w0, gate)
-                if size == 1:  # the weights after the piece are those of its only token
-                    read = read @ weights[layer]
-                    continue
-                score = scores[i] if layer == 0 else read @ inputs[layer].transpose(-1, -2)
-                read = _read(read, score, slopes[layer], w, s, w0, gate)
-            reads.append(read)
-            offset += size
-            if offset == options.chunk_size:
-                anchor, offset = list(weights), 0
-
-    out = torch.cat(reads, dim=1).unflatten(0, (batch, heads)).transpose(1, 2)
-    if norm_weight is not None and norm_bias is not None:
-        out = q + Norm(norm_weight, norm_bias, options.norm_eps)(out)
-    after = [tuple(x.unflatten(0, (batch, heads)) for x in xs) for xs in (weights, momentum, anchor)]
-    if offset == 0:
-        after[2] = after[0]
-    return out, MemoryState(after[0], after[1], after[2], offset), surprise
+__all__ = ["backward", "forward", "saved_like", "why_not"]
 
 
-def piece_runs(length: int, offset: int, chunk_size: int) -> Iterator[tuple[int, int, int]]:
-    """Cut `length` tokens that begin `offset` tokens into a chunk: (start, size, count) of each run of equal pieces."""
-    sizes, left = [], length
-    while left > 0:
-        sizes.append(min(left, chunk_size - offset, TILE))
-        left -= sizes[-1]
-        offset = (offset + sizes[-1]) % chunk_size
-    start = 0
-    for size, run in itertools.groupby(sizes):
-        count = len(list(run))
-        yield start, size, count
-        start += size * count
+def why_not(inputs: ScanInputs, offset: int, options: MemoryOptions) -> str | None:
+    """The closed form takes everything."""
+    return None
 
 
-def _gradients(
-    key: Tensor, value_of_key: Tensor, anchor: Sequence[Tensor], norm: Norm | None, activation: str
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Per memory layer its input X and the loss gradient D at its output, both at the anchor, and the error M(k) - v."""
-    inputs, bends, output = [key], [], key @ anchor[0]
-    for w in anchor[1:]:
-        value, bend = activate_with_slope(output, activation)
-        inputs.append(value)
-        bends.append(bend)
-        output = value @ w
-    error, slope = loss_slope(key, value_of_key, output, norm)
-    slopes = [slope]
-    for w, bend in zip(reversed(anchor[1:]), reversed(bends), strict=True):
-        slopes.append((slopes[-1] @ w.transpose(-1, -2)) * bend)
-    return inputs, slopes[::-1], error
+@torch.no_grad()
+def forward(inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool, save: bool) -> ScanResult:
+    """The scan; see path.py."""
+    heads, depth, dtype = inputs.q.shape[2], len(inputs.initial_weights), inputs.theta.dtype
+    rule = make_rule(inputs, options)
+    carried = first_carried(inputs, rule)
+    segments = cut_segments(inputs, offset, options.chunk_size)
+    saved = saved_like(inputs, offset, options) if save else ()
+    out = inputs.q.new_empty(inputs.q.shape)
+    surprise = inputs.theta.new_zeros(())
+    for index, segment in enumerate(segments):
+        if index > 0:
+            for kept, x in zip(saved, (*carried.weights, *carried.momentum), strict=False):
+                kept[index - 1] = x
+        start, stop = segment[0].start, segment[-1].stop
+        q, k, v = (per_head(x, start, stop).to(dtype) for x in inputs[:3])
+        gates = [gate for run in gate_runs(inputs, segment) for gate in run.gates.unbind()]
+        reads = []
+        for i, piece in enumerate(segment):
+            carried = begin_piece(carried, piece, rule)
+            query, key, value = (x[:, piece.start - start : piece.stop - start] for x in (q, k, v))
+            gate = gates[i * depth : (i + 1) * depth]
+            keys = key_side(key, value, carried.anchor, rule, turns=False)
+            if want_surprise:
+                surprise += 0.5 * keys.loss.error.square().sum()
+            after = write(keys, carried, gate)
+            if piece.size == 1:
+                reads.append(read_after(query, after, rule))
+            else:
+                reads.append(read(query, keys, carried, gate, rule, act_slopes=False)[0])
+            carried = after
+        y = torch.cat(reads, dim=1)
+        out[:, start:stop] = per_token(y if rule.norm is None else rule.norm(y).add_(q), heads)
+
+    closing = (offset + inputs.q.shape[1]) % options.chunk_size
+    opened = 0 < closing <= inputs.q.shape[1]  # a chunk is open that began in the call
+    weights = with_home(carried.weights, rule)
+    # Without momentum S is still the input, and the anchor may be.
+    momentum = carried.momentum if inputs.log_eta is not None else [s.clone() for s in carried.momentum]
+    anchor = [w.clone() for w in carried.anchor] if opened else []
+    weights, momentum, anchor = ([x.unflatten(0, (-1, heads)) for x in xs] for xs in (weights, momentum, anchor))
+    return ScanResult(out, tuple(weights), tuple(momentum), tuple(anchor), surprise, saved)
 
 
-def _read(y: Tensor, score: Tensor, slope: Tensor, w: Tensor, s: Tensor, w0: Tensor | None, gate: PieceGates) -> Tensor:
-    """y_t W_t for every token t of the piece: each is read with its own update in."""
-    within = (gate.reach * score) @ slope
-    if gate.keep is None:
-        out = torch.baddbmm(within, y, w)
-    elif w0 is None:
-        out = _add_scaled(within, gate.keep, y, w)
-    else:
-        out = _add_scaled(torch.baddbmm(within, y, w0), gate.keep, y, w - w0)
-    return out if gate.carry is None else _add_scaled(out, gate.carry, y, s)
-
-
-def _add_scaled(total: Tensor, scale: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """total + scale * (y @ w), scaling y or y @ w, whichever is narrower."""
-    if y.shape[-1] <= w.shape[-1]:
-        return torch.baddbmm(total, scale * y, w)
-    return torch.addcmul(total, scale, y @ w)
-
-
-def _write(
-    x: Tensor, slope: Tensor, w: Tensor, s: Tensor, w0: Tensor | None, gate: PieceGates
-) -> tuple[Tensor, Tensor]:
-    """W and S after the piece."""
-    kept = w if gate.keep is None else gate.keep[:, -1:] * w
-    if w0 is not None and gate.lost is not None:
-        kept = torch.addcmul(kept, gate.lost, w0)
-    if gate.carry is not None and gate.momentum_keep is not None and gate.momentum_update is not None:
-        kept = torch.addcmul(kept, gate.carry[:, -1:], s)
-        s = _add_outer(gate.momentum_keep * s, x, slope, gate.momentum_update)
-    return _add_outer(kept, x, slope, gate.update), s
-
-
-def _add_outer(total: Tensor, x: Tensor, slope: Tensor, scale: Tensor) -> Tensor:
-    """total + x' diag(scale) slope, scaling the narrower of the two."""
-    if x.shape[-1] <= slope.shape[-1]:
-        return torch.baddbmm(total, (scale * x).transpose(-1, -2), slope)
-    return torch.baddbmm(total, x.transpose(-1, -2), scale * slope)
-
-
-def _pieces(x: Tensor, count: int) -> Tensor:
-    """[b, t, h, d] -> [count, b * h, t / count, d]"""
-    return x.unflatten(1, (count, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-
-def _gate_pieces(x: Tensor, count: int) -> Tensor:
-    """[b, t, h, l] -> [count * l, b * h, t / count]: a piece's layers side by side."""
-    return x.unflatten(1, (count, -1)).permute(1, 4, 0, 3, 2).flatten(2, 3).flatten(0, 1)
+def saved_like(inputs: ScanInputs, offset: int, options: MemoryOptions) -> tuple[Tensor, ...]:
+    """The states at the starts of all segments but the first: [segments - 1, n, in, out] for W of each layer, then for S
+    of each unless there is no momentum. (W as it is carried: see piece_forward.py.)"""
+    count = len(cut_segments(inputs, offset, options.chunk_size)) - 1
+    batch = inputs.q.shape[0]
+    states = inputs.initial_weights * (1 if inputs.log_eta is None else 2)
+    return tuple(
+        inputs.q.new_empty((count, batch * w.shape[0], *w.shape[1:]), dtype=inputs.theta.dtype) for w in states
+    )

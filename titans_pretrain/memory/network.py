@@ -1,4 +1,6 @@
-"""The memory's network M(k): its layers, its loss gradient with respect to their outputs, and a read at fixed weights.
+"""The memory's network M(k): its nonlinearity, its layer norm and inner loss with their gradients, a read at fixed weights.
+
+Only `memory_read` and what it uses (`activate`, `Norm`) may stand below autograd; the rest is differentiated by hand.
 
 Shapes here: weights [n, in, out], tokens [n, t, d], gain and bias of the layer norm [n, 1, d], with n = batch * heads.
 """
@@ -7,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from titans_pretrain.memory.state import MemoryOptions
 
@@ -34,58 +35,88 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activate_with_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act(x) and act'(x), once differentiable."""
-    value, slope, _ = (_GELU if activation == "gelu" else _SiLU).apply(x)
+    """act(x) and act'(x)."""
+    value, slope, _ = _gelu(x, bend=False) if activation == "gelu" else _silu(x, bend=False)
     return value, slope
 
 
-class _GELU(torch.autograd.Function):
-    """x * Phi(x) with the normal distribution's Phi. By hand, because value, slope and curvature share one erf and one
-    exp, which autograd would compute anew for each and follow with a dozen elementwise passes."""
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cumulative = torch.erf(x * math.sqrt(0.5)).add_(1.0).mul_(0.5)
-        square = x * x
-        density = torch.exp(square * -0.5).mul_(1.0 / math.sqrt(2.0 * math.pi))
-        return x * cumulative, torch.addcmul(cumulative, x, density), density.mul_(2.0 - square)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, slope, curvature = output
-        ctx.mark_non_differentiable(curvature)
-        ctx.save_for_backward(slope, curvature)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, value_grad: Tensor, slope_grad: Tensor, _: Tensor) -> Tensor:
-        slope, curvature = ctx.saved_tensors
-        return torch.addcmul(value_grad * slope, slope_grad, curvature)
+def activate_with_bend(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """act(x), act'(x) and act''(x)."""
+    value, slope, bend = _gelu(x, bend=True) if activation == "gelu" else _silu(x, bend=True)
+    assert bend is not None
+    return value, slope, bend
 
 
-class _SiLU(_GELU):
+def _gelu(x: Tensor, bend: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x * Phi(x) with the normal distribution's Phi; all three share one erf and one exp."""
+    cumulative = torch.erf(x * math.sqrt(0.5)).add_(1.0).mul_(0.5)
+    square = x * x
+    density = torch.exp(square * -0.5).mul_(1.0 / math.sqrt(2.0 * math.pi))
+    value, slope = x * cumulative, cumulative.addcmul_(x, density)
+    return value, slope, density.mul_(2.0 - square) if bend else None
+
+
+def _silu(x: Tensor, bend: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """x * sigmoid(x)."""
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sigmoid = torch.sigmoid(x)
-        falling = sigmoid * (1.0 - sigmoid)
-        slope = torch.addcmul(sigmoid, x, falling)
-        return x * sigmoid, slope, falling * (2.0 + x * (1.0 - 2.0 * sigmoid))
+    sigmoid = torch.sigmoid(x)
+    falling = sigmoid * (1.0 - sigmoid)
+    slope = torch.addcmul(sigmoid, x, falling)
+    return x * sigmoid, slope, falling * (2.0 + x * (1.0 - 2.0 * sigmoid)) if bend else None
 
 
-def loss_slope(k: Tensor, v: Tensor, net: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """Of the loss 0.5 * ||M(k) - v||^2: the error M(k) - v, and the gradient with respect to net(k), both [n, t, d]."""
+class Loss(NamedTuple):
+    """The inner loss 0.5 * ||M(k) - v||^2 at the output of net(k); tokens [n, t, d]."""
+
+    error: Tensor
+    """M(k) - v."""
+    slope: Tensor
+    """The loss's gradient with respect to net(k)."""
+    normalized: Tensor | None
+    """The layer norm's result before gain and bias, and 1 / standard deviation [n, t, 1]. None without layer norm."""
+    inverse_std: Tensor | None
+
+
+def inner_loss(k: Tensor, v: Tensor, net: Tensor, norm: Norm | None) -> Loss:
+    """The loss of keys k whose values are v, where the network's layers give `net`."""
     if norm is None:
         error = net - v
-        return error, error
-    centred = net - net.mean(-1, keepdim=True)
-    inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
-    normalized = centred * inverse_std
+        return Loss(error, error, None, None)
+    normalized, inverse_std = normalize(net, norm.eps)
     error = torch.addcmul(norm.bias + (k - v), normalized, norm.gain)
-    slope = error * norm.gain
-    along = (slope * normalized).mean(-1, keepdim=True)
-    return error, inverse_std * (slope - slope.mean(-1, keepdim=True) - normalized * along)
+    return Loss(error, normalize_backward(error * norm.gain, normalized, inverse_std), normalized, inverse_std)
+
+
+def inner_loss_backward(slope_grad: Tensor, loss: Loss, norm: Norm | None) -> tuple[Tensor, Tensor, Norm | None]:
+    """From the gradient of `loss.slope`: those of net(k), of k - v, and of the layer norm's gain and bias per token."""
+    if norm is None or loss.normalized is None or loss.inverse_std is None:
+        return slope_grad, slope_grad, None
+    # slope = inverse_std * (s - mean(s) - normalized * mean(s * normalized)), where s = error * gain.
+    s = loss.error * norm.gain
+    along = (s * loss.normalized).mean(-1, keepdim=True)
+    s_grad = normalize_backward(slope_grad, loss.normalized, loss.inverse_std)
+    scaled = loss.inverse_std * slope_grad
+    normalized_grad = torch.addcmul(scaled * -along, s, (scaled * loss.normalized).mean(-1, keepdim=True), value=-1)
+    error_grad = s_grad * norm.gain
+    gain_grad = torch.addcmul(s_grad * loss.error, error_grad, loss.normalized)
+    normalized_grad.addcmul_(error_grad, norm.gain)
+    net_grad = normalize_backward(normalized_grad, loss.normalized, loss.inverse_std)
+    # What is left is the way of inverse_std itself, whose gradient with respect to net is -inverse_std^2 * normalized / d.
+    through_std = (slope_grad * loss.slope).mean(-1, keepdim=True).mul_(loss.inverse_std)
+    net_grad.addcmul_(loss.normalized, through_std, value=-1)
+    return net_grad, error_grad, Norm(gain_grad, error_grad, norm.eps)
+
+
+def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Layer norm over the last dimension without gain and bias, and 1 / standard deviation."""
+    normalized, _, inverse_std = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    return normalized, inverse_std
+
+
+def normalize_backward(grad: Tensor, normalized: Tensor, inverse_std: Tensor) -> Tensor:
+    """The gradient of `normalize`'s argument."""
+    along = (grad * normalized).mean(-1, keepdim=True)
+    centred = grad - grad.mean(-1, keepdim=True)
+    return centred.addcmul_(normalized, along, value=-1).mul_(inverse_std)
 
 
 def memory_read(

@@ -91,9 +91,7 @@ class ScanPath(Protocol):
         """Why this path cannot run these arguments, as the rest of a sentence ("takes ..., not ..."); None where it can."""
 
     @staticmethod
-    def forward(
-        inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool, save: bool
-    ) -> ScanResult:
+    def forward(inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool, save: bool) -> ScanResult:
         """The scan, `offset` tokens into a chunk. `save`: keep what `backward` needs."""
 
     @staticmethod

@@ -9,24 +9,34 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.errors import UserError
-from titans_pretrain.memory.closed_form import scan_closed_form
+from titans_pretrain.memory import operator
+from titans_pretrain.memory.path import ScanInputs, ScanResult
 from titans_pretrain.memory.reference import scan_reference
 from titans_pretrain.memory.state import MemoryOptions, MemoryState, initial_state
 
-PATHS = {"closed_form": scan_closed_form, "reference": scan_reference}
+PATHS = (*operator.PATHS, "reference")
 DEFAULT_OPTIONS = MemoryOptions()
 
 
-def choose_path(path: str) -> str:
+def choose_path(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions) -> str:
     """The implementation that "auto" stands for, or `path` itself where it can run.
 
+    "auto" is triton for half-precision q, k, v on CUDA where the kernels take the shapes and options, else closed_form.
+    Triton is asked about offset 0 always: `_scan_from_mid_chunk` brings it to the start of a chunk.
+
     Raises:
-        UserError: there is no such path.
+        UserError: there is no such path, or it cannot run these arguments.
     """
     if path == "auto":
-        return "closed_form"
+        half = inputs.q.device.type == "cuda" and inputs.q.dtype in (torch.bfloat16, torch.float16)
+        return "triton" if half and operator.PATHS["triton"].why_not(inputs, 0, options) is None else "closed_form"
     if path not in PATHS:
         raise UserError(f"memory path {path!r} does not exist; choose one of auto, {', '.join(PATHS)}")
+    if path == "reference":
+        return path
+    reason = operator.PATHS[path].why_not(inputs, 0 if path == "triton" else offset, options)
+    if reason is not None:
+        raise UserError(f"memory path {path!r} {reason}; choose auto, which takes closed_form where triton cannot run")
     return path
 
 
@@ -44,6 +54,7 @@ def memory_scan(
     state: MemoryState | None = None,
     options: MemoryOptions = DEFAULT_OPTIONS,
     *,
+    document_starts: Tensor | None = None,
     path: str = "auto",
     return_signals: Literal[False] = False,
 ) -> tuple[Tensor, MemoryState]: ...
@@ -63,6 +74,7 @@ def memory_scan(
     state: MemoryState | None = None,
     options: MemoryOptions = DEFAULT_OPTIONS,
     *,
+    document_starts: Tensor | None = None,
     path: str = "auto",
     return_signals: Literal[True],
 ) -> tuple[Tensor, MemoryState, dict[str, Tensor]]: ...
@@ -81,6 +93,7 @@ def memory_scan(
     state: MemoryState | None = None,
     options: MemoryOptions = DEFAULT_OPTIONS,
     *,
+    document_starts: Tensor | None = None,
     path: str = "auto",
     return_signals: bool = False,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, dict[str, Tensor]]:
@@ -99,17 +112,20 @@ def memory_scan(
         norm_weight, norm_bias: [h, d]: M(k) = k + LN(net(k)); both None: M(k) = net(k).
         state: where to go on; None: W = initial_weights, S = 0, at the start of a chunk.
         options: the variant of the rule.
-        path: "auto", "closed_form" or "reference" (slow: one autograd call a token).
+        document_starts: bool [b, chunks], for each chunk that begins inside the call: before its first token W =
+            initial_weights and S = 0 in that row; None: nowhere.
+        path: "auto", or to force one: "triton" (CUDA kernels), "closed_form", "reference" (slow: one autograd call a token).
         return_signals: also return detached fp32 scalars: "surprise", the mean over tokens and heads of the loss.
     Returns: M_{W_t}(q_t) [b, t, h, d] in q's dtype; the state after the last token; the signals if asked for. All is
         computed in fp32, in float64 where q, k, v or the initial weights are; differentiable in every tensor.
 
     Raises:
-        UserError: there is no such path.
+        UserError: there is no such path, or it cannot run these arguments.
         ValueError: shapes that do not fit together.
     """
-    scan = PATHS[choose_path(path)]
     _check_shapes(q, k, v, log_gamma, log_eta, theta, initial_weights, norm_weight, norm_bias, state, options)
+    offset = 0 if state is None else state.offset
+    _check_document_starts(document_starts, q, offset, options)
     dtype = torch.float64 if torch.float64 in (x.dtype for x in (q, k, v, *initial_weights)) else torch.float32
 
     def wide(x: Tensor | None) -> Tensor | None:
@@ -118,17 +134,62 @@ def memory_scan(
     start = tuple(w.to(dtype) for w in initial_weights)
     if state is None:
         state = initial_state(start, q.shape[0])
+    weights, momentum, anchor = (tuple(x.to(dtype) for x in field) for field in state[:3])
+    inputs = ScanInputs(
+        q, k, v, wide(log_gamma), wide(log_eta), theta.to(dtype), start, wide(norm_weight), wide(norm_bias),
+        weights, momentum, anchor if offset else (), document_starts,
+    )  # fmt: skip
+    path = choose_path(path, inputs, offset, options)
+    if path == "triton" and offset:
+        result = _scan_from_mid_chunk(path, inputs, offset, options, return_signals)
     else:
-        weights, momentum, anchor = (tuple(x.to(dtype) for x in field) for field in state[:3])
-        state = MemoryState(weights, momentum, anchor, state.offset)
-    with torch.autocast(q.device.type, enabled=False):
-        out, state, squares = scan(
-            q.to(dtype), k.to(dtype), v.to(dtype), wide(log_gamma), wide(log_eta), theta.to(dtype),
-            start, wide(norm_weight), wide(norm_bias), state, options, return_signals,
-        )  # fmt: skip
-    if squares is None:
-        return out.to(q.dtype), state
-    return out.to(q.dtype), state, {"surprise": (squares / q[..., 0].numel()).float()}
+        result = _run(path, inputs, offset, options, return_signals)
+    offset = (offset + q.shape[1]) % options.chunk_size
+    after = MemoryState(
+        result.weights, result.momentum, result.anchor or (anchor if offset else result.weights), offset
+    )
+    if return_signals:
+        return result.out, after, {"surprise": (result.surprise / q[..., 0].numel()).float()}
+    return result.out, after
+
+
+def _run(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool) -> ScanResult:
+    if path != "reference":
+        return operator.scan(path, inputs, offset, options, want_surprise)
+    with torch.autocast(inputs.q.device.type, enabled=False):
+        return scan_reference(inputs, offset, options)
+
+
+def _scan_from_mid_chunk(
+    path: str, inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool
+) -> ScanResult:
+    """`path` knows only scans from the start of a chunk: the closed form ends the open one first."""
+    first = options.chunk_size - offset
+    opening = _run(
+        "closed_form", _tokens(inputs, 0, first)._replace(document_starts=None), offset, options, want_surprise
+    )
+    if inputs.q.shape[1] <= first:
+        return opening
+    rest = _tokens(inputs, first, None)
+    rest = rest._replace(weights=opening.weights, momentum=opening.momentum, anchor=())
+    result = _run(path, rest, 0, options, want_surprise)
+    return result._replace(out=torch.cat((opening.out, result.out), dim=1), surprise=opening.surprise + result.surprise)
+
+
+def _tokens(inputs: ScanInputs, start: int, stop: int | None) -> ScanInputs:
+    return ScanInputs._make((*(None if x is None else x[:, start:stop] for x in inputs[:6]), *inputs[6:]))
+
+
+def _check_document_starts(starts: Tensor | None, q: Tensor, offset: int, options: MemoryOptions) -> None:
+    if starts is None:
+        return
+    chunk = options.chunk_size
+    begun = -(-max(0, q.shape[1] - (chunk - offset) % chunk) // chunk)
+    if starts.dtype != torch.bool or starts.shape != (q.shape[0], begun):
+        raise ValueError(
+            f"document_starts must be bool [b, chunks] = {[q.shape[0], begun]}, for {begun} chunks of {chunk} begin inside "
+            f"{q.shape[1]} tokens that start {offset} into one, not {starts.dtype} {_shape(starts)}"
+        )
 
 
 def _check_shapes(

@@ -35,6 +35,11 @@ def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
     return titans[config.variant](config, sequence)
 
 
+def run_block(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """A block over whole sequences. The state is dropped here, inside what is compiled, so that no gradient of it is made."""
+    return block(x, rotary)[0]
+
+
 class Titans(nn.Module):
     """A causal language model. Parameters are empty until `model.init.initialize` or a checkpoint fills them.
 
@@ -57,6 +62,7 @@ class Titans(nn.Module):
         if config.tie_embeddings:
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
         self.activation_checkpointing = False
+        self._run_block = run_block
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """tokens, labels int64 [b, t]; labels of -100 do not count -> the fp32 sum of the token losses, nats."""
@@ -65,10 +71,20 @@ class Titans(nn.Module):
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # determinism_check compares shapes, which ZeRO-3 changes when it releases gathered parameters
-                x, _ = checkpoint(block, x, rotary, use_reentrant=False, determinism_check="none")
+                x = checkpoint(self._run_block, block, x, rotary, use_reentrant=False, determinism_check="none")
             else:
-                x, _ = block(x, rotary)
+                x = self._run_block(block, x, rotary)
         return self.head(self.norm(x), labels)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch.compile make one kernel-fused program of the blocks' forward in `forward`, each block by itself: all
+        share one program. Parameter names stay; `hidden` runs as written, since its state grows and moves with every call.
+        """
+        self._run_block = torch.compile(run_block, backend=backend, fullgraph=True, dynamic=False)
+
+    def run_as_written(self) -> None:
+        """Undo `compile_blocks`."""
+        self._run_block = run_block
 
     def hidden(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """tokens int64 [b, t], the next t of each sequence -> final hidden states [b, t, c] and the state after them."""

@@ -42,6 +42,8 @@ UNFINISHED = ".tmp"
 
 # What a resumed run must share with its checkpoint, or its losses would be another run's.
 MUST_MATCH = ("data.seq_len", "data.batch_tokens", "run.seed")
+SPEED_ONLY = ("compile",)
+"""Keys of the model section that do not change what the model computes."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def check_fits(
         UserError: naming the key and both values.
     """
     saved, now = manifest["config"], config_to_dict(config)
-    names = [*MUST_MATCH, *(f"model.{key}" for key in now["model"])]
+    names = [*MUST_MATCH, *(f"model.{key}" for key in now["model"] if key not in SPEED_ONLY)]
     if manifest["tokenizer_sha256"] != shards.tokenizer_sha256:
         raise UserError(
             f"{checkpoint} was trained with tokenizer {manifest['tokenizer_sha256'][:12]}, but data.path {config.data.path} "

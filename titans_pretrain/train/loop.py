@@ -18,6 +18,7 @@ from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.parallel.grid import AgreedError, Grid
 from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
+from titans_pretrain.train.compiler import check_compiler
 from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
@@ -41,6 +42,8 @@ def train(config: Config, grid: Grid) -> Progress:
     with grid.agreed():
         shards = open_dataset(config)
         config = resolve(config, shards)
+        if config.model.compile:
+            check_compiler(grid.device)
         stream = TokenStream(shards, "train", config.data.seq_len, seed=config.run.seed)
         evaluation = Evaluation(config, shards, grid)
         make_run_dir(run_dir)
@@ -62,6 +65,8 @@ def train(config: Config, grid: Grid) -> Progress:
     model = Titans(config.model, loss_chunk=config.engine.loss_chunk)
     initialize(model, config.run.seed)
     model.activation_checkpointing = config.engine.activation_checkpointing
+    if config.model.compile:
+        model.compile_blocks()
     engine = Engine(config, model, grid)
     rows = micro_batch_rows(config, grid.data_size)
     millions = parameter_counts(config.model)["total"] / 1e6

@@ -34,6 +34,7 @@ def describe_failure(engine: Engine, batch: Sequence[MicroBatch], scale: float, 
     Returns:
         part of a sentence, such as "the output of blocks.1.attention.query is the first that is not finite".
     """
+    engine.model.run_as_written()  # hooks on modules are not called inside a compiled block
     for first_bad in (_forward, _backward):
         found = _earliest(grid.gather_objects(first_bad(engine, batch, scale)))
         if found is not None:

@@ -1,0 +1,234 @@
+"""The operator around the paths: what torch.library and torch.compile ask of it, and which gradients it passes on."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.memory.problem import Problem, error, make_problem, make_state, state_tensors
+from titans_pretrain.memory import MemoryOptions, MemoryState, closed_form, memory_scan, operator
+from titans_pretrain.memory.path import ResultGradients, ScanInputs
+
+SCAN = torch.ops.titans_pretrain.memory_scan.default
+SCAN_BACKWARD = torch.ops.titans_pretrain.memory_scan_backward.default
+
+
+def scan_inputs(problem: Problem, offset: int, documents: bool = False, chunk: int = 8) -> ScanInputs:
+    state = make_state(problem, offset)
+    begun = len(range((-offset) % chunk, problem.q.shape[1], chunk))
+    starts = torch.arange(problem.q.shape[0] * begun).reshape(problem.q.shape[0], begun) % 2 == 1 if documents else None
+    return ScanInputs(*problem, state.weights, state.momentum, state.anchor if offset else (), starts)
+
+
+def flat_arguments(inputs: ScanInputs, offset: int, options: MemoryOptions) -> list[Any]:
+    settings = (options.chunk_size, options.activation, options.forget_toward, options.norm_eps)
+    return [*(list(x) if isinstance(x, tuple) else x for x in inputs), offset, *settings, "closed_form"]
+
+
+def tensors(inputs: ScanInputs) -> list[Tensor]:
+    """What can be differentiated."""
+    return [x for field in inputs[:-1] if field is not None for x in (field if isinstance(field, tuple) else (field,))]
+
+
+@pytest.mark.parametrize(
+    ("length", "offset", "changes", "documents"),
+    [
+        (13, 3, {}, True),
+        (3, 0, dict(depth=1, norm=False, momentum=False), False),
+        (8, 0, dict(depth=3, forgetting=False), True),
+        (1, 7, {}, False),
+    ],
+)
+def test_torch_finds_nothing_wrong_with_the_operators(
+    length: int, offset: int, changes: dict[str, Any], documents: bool
+) -> None:
+    """Schema (no mutation, no aliases), autograd registration, fake kernels, and gradients traced equal gradients run.
+    Only with fixed shapes: the scan's loop over chunks is part of the trace."""
+    inputs = scan_inputs(make_problem(length, **changes), offset, documents)
+    for x in tensors(inputs):
+        x.requires_grad_()
+    arguments = flat_arguments(inputs, offset, MemoryOptions(8))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(SCAN, (*arguments, True, True), test_utils=checks)
+
+    result = SCAN(*arguments, False, True)
+    saved = [x.detach() for x in operator._unflatten_result(result, inputs, offset, MemoryOptions(8)).saved]
+    plain = flat_arguments(
+        ScanInputs._make(tuple(y.detach() for y in x) if isinstance(x, tuple) else x for x in inputs),
+        offset,
+        MemoryOptions(8),
+    )
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in plain]
+    grads = [torch.ones_like(x) for x in inputs.weights]
+    for given in ((None, grads, [], []), (torch.ones_like(inputs.q), [], grads, [])):
+        torch.library.opcheck(SCAN_BACKWARD, (*plain, saved, *given), test_utils=checks[:3])
+
+
+def test_results_have_the_shapes_that_were_promised() -> None:
+    for length, offset, depth, save, double in itertools.product((1, 7, 8, 9, 24), (0, 1, 7), (1, 2), (0, 1), (0, 1)):
+        problem = make_problem(
+            length, depth, batch=2, norm=bool(length % 2), momentum=bool(offset), forgetting=save == 0
+        )
+        if not double:
+            problem = problem.to(torch.float32)
+            problem = problem._replace(q=problem.q.bfloat16(), k=problem.k.bfloat16(), v=problem.v.bfloat16())
+        inputs = scan_inputs(problem, offset, documents=True)
+        inputs = inputs._replace(
+            **{
+                n: tuple(x.to(problem.theta.dtype) for x in getattr(inputs, n))
+                for n in ("weights", "momentum", "anchor")
+            }
+        )
+        arguments = (*flat_arguments(inputs, offset, MemoryOptions(8)), True, bool(save))
+        real = SCAN(*arguments)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake_arguments = [
+                [mode.from_tensor(y) for y in x]
+                if isinstance(x, list)
+                else mode.from_tensor(x)
+                if isinstance(x, Tensor)
+                else x
+                for x in arguments
+            ]
+            fake = SCAN(*fake_arguments)
+        described = [[(x.shape, x.stride(), x.dtype) for x in xs] for xs in (real, fake)]
+        assert described[0] == described[1], (length, offset, depth, save)
+
+
+@pytest.mark.parametrize("part", ["out", "weights", "momentum", "anchor"])
+def test_gradients_of_one_result_equal_the_token_loops(part: str) -> None:
+    """The other results then have no gradient at all."""
+    found: list[list[Tensor]] = []
+    for path in ("closed_form", "reference"):
+        problem = make_problem(17, 2, batch=2).require_grad()
+        state = make_state(problem, 3)
+        fields = [tuple(x.detach().requires_grad_() for x in field) for field in state[:3]]
+        starts = torch.tensor([[True, False], [False, True]])
+        out, after = memory_scan(*problem, MemoryState(*fields, 3), MemoryOptions(8), path=path, document_starts=starts)
+        result = (out,) if part == "out" else getattr(after, part)
+        total = sum((x * torch.linspace(-1, 1, x.numel()).reshape(x.shape)).sum() for x in result)
+        leaves = [*problem.tensors(), *(x for field in fields for x in field)]
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
+        found.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)])
+    for index, (a, b) in enumerate(zip(*found, strict=True)):
+        assert error(a, b) < 1e-9, f"input {index}"
+
+
+class Recorder:
+    """The closed form, remembering what it was asked."""
+
+    why_not = staticmethod(closed_form.why_not)
+    saved_like = staticmethod(closed_form.saved_like)
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[ScanInputs, int, bool]] = []
+        self.grads: list[ResultGradients] = []
+
+    def forward(self, inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool, save: bool) -> Any:
+        self.forwards.append((inputs, offset, save))
+        return closed_form.forward(inputs, offset, options, want_surprise, save)
+
+    def backward(self, *arguments: Any) -> Any:
+        self.grads.append(arguments[-1])
+        return closed_form.backward(*arguments)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    monkeypatch.setitem(operator.PATHS, "closed_form", made)  # type: ignore[arg-type]
+    return made
+
+
+def test_results_without_a_gradient_cost_no_zeros(recorder: Recorder) -> None:
+    out, after = memory_scan(*make_problem(13, 2).require_grad(), options=MemoryOptions(8))
+    out.sum().backward(retain_graph=True)
+    (out.sum() + after.momentum[1].sum()).backward()
+    first, second = recorder.grads
+    assert [len(x) for x in first[1:]] == [0, 0, 0]
+    assert [len(x) for x in second[1:]] == [0, 2, 0]
+    assert not second.momentum[0].any()
+
+
+def test_only_what_will_be_differentiated_is_saved(recorder: Recorder) -> None:
+    problem = make_problem(13, 2).to(torch.float32)
+    problem = problem._replace(q=problem.q.bfloat16(), k=problem.k.bfloat16(), v=problem.v.bfloat16())
+    memory_scan(*problem)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        memory_scan(*problem.require_grad())
+        with torch.no_grad():
+            memory_scan(*problem)
+    assert [save for *_, save in recorder.forwards] == [False, True, False]
+    places = {x.data_ptr() for x in kept}
+    assert {problem.q.data_ptr(), problem.k.data_ptr(), problem.v.data_ptr()} <= places  # bf16 as it came, no copy
+
+
+def test_autocast_does_not_reach_either_pass(recorder: Recorder) -> None:
+    seen = []
+    for name in ("forward", "backward"):
+        method = getattr(recorder, name)
+        setattr(recorder, name, lambda *a, f=method: (seen.append(torch.is_autocast_enabled("cpu")), f(*a))[1])
+    problem = make_problem(9, 2).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        memory_scan(*problem)
+        out, _ = memory_scan(*problem.require_grad())
+        out.sum().backward()
+    assert seen == [False, False, False]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    problem = make_problem(9, 2).require_grad()
+    out, _ = memory_scan(*problem)
+    (grad,) = torch.autograd.grad(out.square().sum(), problem.q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    problem = make_problem(13, 2).require_grad()
+
+    def run(*arguments: Any) -> Tensor:
+        out, after = memory_scan(*arguments, None, MemoryOptions(8))
+        return out.sum() + sum(x.square().sum() for x in state_tensors(after))
+
+    plain = torch.autograd.grad(run(*problem), problem.tensors())
+    again = torch.autograd.grad(checkpoint(run, *problem, use_reentrant=False), problem.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_a_compiled_scan_is_one_graph_with_the_same_gradients() -> None:
+    torch._dynamo.reset()
+    problem = make_problem(21, 2).require_grad()
+    starts = torch.tensor([[True, False, True]])
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        out, state, _ = memory_scan(*arguments, None, MemoryOptions(8), return_signals=True)
+        more, state = memory_scan(*arguments, state, MemoryOptions(8), document_starts=starts)  # 5 tokens into a chunk
+        return out + more, *state_tensors(state)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    found = []
+    for function in (run, compiled):
+        results = function(*problem)
+        with torch.no_grad():
+            assert error(function(*problem)[0], results[0]) == 0
+        found.append([*results, *torch.autograd.grad(sum(x.square().sum() for x in results), problem.tensors())])  # type: ignore[arg-type]
+    assert all(error(a, b) < 1e-14 for a, b in zip(*found, strict=True))
+
+
+def test_training_without_compile_does_not_load_the_compiler() -> None:
+    """It takes seconds, in every process."""
+    code = (
+        "import sys\nfrom tests.memory.problem import make_problem\nfrom titans_pretrain.memory import memory_scan\n"
+        "memory_scan(*make_problem(9, 2).require_grad())[0].sum().backward()\nassert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,66 @@
+"""model.compile in a real run: same losses, checkpoints that resume without it, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.train.jobs import train_job
+from tests.train.tiny import SEQ_LEN, losses, tiny_config, tiny_tree
+from titans_pretrain.errors import UserError
+from titans_pretrain.train.checkpoint import find_checkpoints
+from titans_pretrain.train.compiler import check_compiler
+from titans_pretrain.train.engine import consolidated_weights
+
+
+def test_a_compiled_run_equals_a_plain_one_and_resumes_as_one(dataset: Path, tmp_path: Path) -> None:
+    """Through DeepSpeed ZeRO-1 and the compiler's C++, then on from its checkpoint without the compiler."""
+
+    def tree(name: str, **overrides: Any) -> dict[str, Any]:
+        small = {"variant": "lmm", "num_layers": 1, "num_persistent": 0, "memory_depth": 1, "conv_kernel": 1}
+        return tiny_tree(
+            dataset,
+            tmp_path,
+            **{f"model__{key}": value for key, value in small.items()},
+            data__batch_tokens=2 * SEQ_LEN,
+            schedule__tokens=4 * 2 * SEQ_LEN,
+            log__interval=100,
+            eval__tokens=SEQ_LEN,
+            run__name=name,
+            **overrides,
+        )
+
+    plain, compiled = tree("plain"), tree("compiled", model__compile=True)
+    compiled["run"]["stop_after"] = 2
+    resumed = tree("compiled")
+    assert run_distributed(train_job, 1, plain, compiled, resumed, timeout=280) == [None]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5, rel=0)
+    assert len(losses(tmp_path / "plain")) == 4
+    found, expected = (
+        consolidated_weights(find_checkpoints(tmp_path / name)[0], stage=1) for name in ("compiled", "plain")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
+
+
+def test_zero_3_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"model.compile=true.*engine.zero_stage=3.*use engine.zero_stage=2 or model.co"
+    ):
+        tiny_config(Path("data"), Path("runs"), model__compile=True, engine__zero_stage=3)
+
+
+@pytest.mark.parametrize(
+    ("device", "missing"), [("cpu", r"a C\+\+ compiler"), ("cuda", "a C compiler|the package triton")]
+)
+def test_a_missing_compiler_is_one_sentence(device: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        UserError, match=f"model.compile=true needs ({missing}).*; install it or set model.compile=false"
+    ):
+        check_compiler(torch.device(device))
