@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--chunk", type=int, nargs="+", default=[64])
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_BYTES), help="compute capability times ten")
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=sorted(SHARED_BYTES), help="compute capability times ten"
+    )
     args = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         raise UserError("tools/compile_kernels.py needs the package triton: pip install triton")
@@ -83,7 +85,7 @@ def record(
     head_dim: int, hidden: int, chunk: int, *, norm: bool = True, forget: str = "init", starts: bool = False
 ) -> list[Launch]:
     """The launches of a forward and a backward over a few chunks, in order, on tensors of the right types on the CPU."""
-    from titans_pretrain.memory.triton import launch as host
+    from titans_pretrain.memory.triton import call, launch
 
     options = MemoryOptions(chunk, forget_toward=forget)
     length = 3 * chunk + 1
@@ -97,16 +99,15 @@ def record(
         tokens, tokens, tokens, gate, gate, gate, weights, norms, norms, state, state, (), begins
     )  # fmt: skip
     made: list[Launch] = []
-    names = [n for n, x in vars(host).items() if hasattr(x, "fn") and hasattr(x, "arg_names")]
-    originals = {n: getattr(host, n) for n in names}
+    kernels = [(m, n, x) for m in (call, launch) for n, x in vars(m).items() if hasattr(x, "arg_names")]
     try:
-        for name, kernel in originals.items():
-            setattr(host, name, _Recorder(kernel, made))
-        result = host.forward(inputs, options, save=True)
-        host.backward(inputs, options, result.saved, ResultGradients(tokens, state, state, state))
+        for module, name, kernel in kernels:
+            setattr(module, name, _Recorder(kernel, made))
+        result = launch.forward(inputs, options, save=True)
+        launch.backward(inputs, options, result.saved, ResultGradients(tokens, state, state, state))
     finally:
-        for name, kernel in originals.items():
-            setattr(host, name, kernel)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
     return made
 
 
@@ -130,7 +131,7 @@ def compile_one(launch: Launch, arch: int) -> Usage:
         options["num_stages"] = constants.pop("num_stages")
     names = launch.kernel.arg_names
     signature = {name: _type(x) for name, x in zip(names, launch.arguments, strict=False)}
-    signature |= {name: "constexpr" for name in constants}
+    signature |= dict.fromkeys(constants, "constexpr")
     # As at a launch: torch's allocations are aligned to 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(launch.arguments) if isinstance(x, torch.Tensor)}
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)

@@ -40,7 +40,8 @@ from titans_pretrain.memory.triton.parts import (
 def state_rebuild(
     k, rows, ends, base, starts, slope, checkpoints, initial, states,
     T, H, first_tile, tiles, all_tiles, chunks, once,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Fill `states` of the range again. With D2 known (`slope`) the hidden slices do not need each other, so all of them and
@@ -105,7 +106,8 @@ def read_backward_2(
     anchor_normalized, pull, norm_rows, key_hidden, key_bend, key_curve, slope1, query_hidden, query_hidden_grad,
     output_grad, slope_part, hidden_part, update, reach_grad, rows_grad, norm_grad,
     T, H, eps, first_tile, tiles, all_tiles, slices, once,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -227,8 +229,8 @@ def read_backward_1(
     D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The read's first layer: d_q; the tile's share of d_K (k_part [n, tiles, TILE, D]), of d_D1 (slope1_part [n, tiles, SLICES,
-    TILE, SLICE]) and of d_W1, d_S1 (parts 0 and 2 of `update`); the gradients of P1, beta1, f1. Grid (tiles, n)."""
+    """The read's first layer: d_q; the tile's share of d_K (k_part [n, tiles, TILE, D]), of d_D1 (slope1_part [n, tiles,
+    SLICES, TILE, SLICE]) and of d_W1, d_S1 (parts 0 and 2 of `update`); the gradients of P1, beta1, f1. Grid (tiles, n)."""
     local, n = tl.program_id(0), tl.program_id(1)
     tile = first_tile + local
     h = n % H
@@ -288,7 +290,8 @@ def state_backward(
     key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
     k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
     T, H, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles last_tile > i >= first_tile. `running` [n, 1, SLICES, 4, D * SLICE] holds d_W, d_S after the range and leaves

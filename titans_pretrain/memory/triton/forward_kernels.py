@@ -130,7 +130,8 @@ def state_forward(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
     T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
     SAVE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +206,8 @@ def state_forward_resident(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
     T, H, eps, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    TILES_PER_CHUNK: tl.constexpr,
     CHECKPOINT_EVERY: tl.constexpr, NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, STARTS: tl.constexpr,
     SAVE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +270,8 @@ def state_forward_resident(
 def output_forward(
     q, k, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out,
     T, H, eps, first_tile, tiles, all_tiles, slices, once,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    TILES_PER_CHUNK: tl.constexpr,
     NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, FORGET: tl.constexpr, MOMENTUM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip

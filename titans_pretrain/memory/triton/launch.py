@@ -1,12 +1,12 @@
-"""The host's side of the kernels: arrays, ranges, launches."""
+"""The host's side of the kernels: which arrays there are, and which kernel runs when. Beside `Call` it holds no arithmetic but
+the gradient of the initial weights, plain matrix products over all tokens that cuBLAS does best."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 
 from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
@@ -17,104 +17,15 @@ from titans_pretrain.memory.triton.backward_kernels import (
     state_backward,
     state_rebuild,
 )
+from titans_pretrain.memory.triton.call import NUM_WARPS, Call
 from titans_pretrain.memory.triton.forward_kernels import output_forward, state_forward, state_forward_resident
-from titans_pretrain.memory.triton.gate_kernels import gate_rows, gates_backward
-from titans_pretrain.memory.triton.shapes import Shapes
-
-_OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-class _Call:
-    """What forward and backward prepare alike: contiguous arguments, the base, the gate rows, the kernels' constants."""
-
-    def __init__(self, inputs: ScanInputs, options: MemoryOptions) -> None:
-        self.shapes = s = Shapes.of(inputs, options)
-        self.q, self.k, self.v = (x.contiguous() for x in inputs[:3])
-        self.theta = inputs.theta.contiguous()
-        # A gate that is switched off is never read; the kernels want some pointer in its place.
-        self.log_gamma = self.theta if inputs.log_gamma is None else inputs.log_gamma.contiguous()
-        self.log_eta = self.theta if inputs.log_eta is None else inputs.log_eta.contiguous()
-        self.toward_init = inputs.document_starts is not None or (
-            inputs.log_gamma is not None and options.forget_toward == "init"
-        )
-        w1, w2 = inputs.initial_weights
-        self.base = self.pack(w1, w2).to(self.q.dtype) if self.toward_init else self.q
-        self.norm = inputs.norm_weight is not None
-        self.gain = self.theta if inputs.norm_weight is None else self.pad(inputs.norm_weight.float())
-        self.bias = self.theta if inputs.norm_bias is None else self.pad(inputs.norm_bias.float())
-        starts = inputs.document_starts
-        self.starts = self.theta if starts is None else starts.to(torch.float32).contiguous()
-
-        operand = _OPERANDS[self.q.dtype]
-        tile: dict[str, Any] = {"TILE": s.tile}
-        gates = {"FORGET": inputs.log_gamma is not None, "MOMENTUM": inputs.log_eta is not None, "OPERAND": operand}
-        self.gate_constants = {**tile, **gates}
-        network = {
-            "D": s.width, "HEAD_DIM": s.head_dim, "SLICE": s.slice, "SLICES": s.slices, **tile, "TILES_PER_CHUNK": s.tiles_per_chunk,
-            "BASE": self.toward_init, "GELU": options.activation == "gelu",
-        }  # fmt: skip
-        self.output_constants = {**network, **gates, "NORM": self.norm}
-        self.layer1_constants = {
-            name: x for name, x in self.output_constants.items() if name not in ("TILES_PER_CHUNK", "GELU")
-        }
-        self.state_constants = {**network, "OPERAND": operand, "STARTS": starts is not None}
-        self.reverse_constants = {name: x for name, x in self.state_constants.items() if name != "GELU"} | {
-            "NORM": self.norm
-        }
-        self.eps = options.norm_eps
-        self.anchor_tile = -1 if s.open_chunk is None else s.open_chunk
-
-        self.rows = self.floats(s.pairs, s.tiles, 2, 4, s.tile)
-        self.ends = self.floats(s.pairs, s.tiles, 2, 4)
-        gate_rows[(s.tiles, s.pairs, 2)](
-            self.log_gamma, self.log_eta, self.theta, self.rows, self.ends, s.length, s.heads, s.tiles,
-            **self.gate_constants, num_warps=8,
-        )  # fmt: skip
-
-        # The state before token 0: M = W - base, S; nothing where a document starts.
-        moved = [
-            w - w0 if self.toward_init else w for w, w0 in zip(inputs.weights, inputs.initial_weights, strict=True)
-        ]
-        self.initial = torch.cat([self.pack(*moved), self.pack(*inputs.momentum)], -2).flatten(0, 1).unsqueeze(1)
-        if starts is not None:
-            self.initial *= (1.0 - self.starts[:, :1]).repeat_interleave(s.heads, 0)[..., None, None, None]
-
-    def floats(self, *shape: int) -> Tensor:
-        return self.q.new_empty(shape, dtype=torch.float32)
-
-    def zeros(self, *shape: int) -> Tensor:
-        return self.q.new_zeros(shape, dtype=torch.float32)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """Zeros in the channels past head_dim."""
-        return F.pad(x, (0, self.shapes.width - self.shapes.head_dim)).contiguous()
-
-    def pack(self, first: Tensor, second: Tensor) -> Tensor:
-        """[..., d, hidden] and [..., hidden, d] -> [..., slices, 2, D * slice], D being the padded d."""
-        cut, extra = (self.shapes.slices, self.shapes.slice), self.shapes.width - self.shapes.head_dim
-        first, second = F.pad(first, (0, 0, 0, extra)), F.pad(second, (0, extra))
-        return torch.stack(
-            [first.unflatten(-1, cut).movedim(-2, -3).flatten(-2), second.unflatten(-2, cut).flatten(-2)], -2
-        )
-
-    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `pack`."""
-        width, size, kept = self.shapes.width, self.shapes.slice, self.shapes.head_dim
-        first, second = packed.unbind(-2)
-        return (
-            first.unflatten(-1, (width, size)).movedim(-3, -2).flatten(-2)[..., :kept, :].contiguous(),
-            second.unflatten(-1, (size, width)).flatten(-3, -2)[..., :kept].contiguous(),
-        )
-
-    def per_head(self, packed: Tensor) -> Tensor:
-        """[b * h, 1, ...] -> [b, h, ...]"""
-        return packed[:, 0].unflatten(0, (self.shapes.batch, self.shapes.heads))
+from titans_pretrain.memory.triton.gate_kernels import gates_backward
 
 
 def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResult:
     """The scan from the start of a chunk."""
     with torch.cuda.device_of(inputs.q):
-        call = _Call(inputs, options)
+        call = Call(inputs, options)
         s = call.shapes
         out, slope = torch.empty_like(call.q), torch.empty_like(call.q)
         checkpoints = call.floats(s.pairs, s.checkpoints if save else 0, s.slices, 4, s.matrix)
@@ -133,12 +44,12 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
                 running, states, slope, checkpoints, anchor, surprise,
                 s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks, call.anchor_tile,
                 s.slices, 1,
-                **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, NORM=call.norm, SAVE=save, num_warps=8,
+                **call.constants["state_forward"], SAVE=save, num_warps=NUM_WARPS,
             )  # fmt: skip
             output_forward[(tiles, s.pairs)](
                 call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, call.bias,
                 states, slope, out, s.length, s.heads, call.eps, first, tiles, s.tiles, s.slices, 1,
-                **call.output_constants, num_warps=8,
+                **call.constants["output_forward"], num_warps=NUM_WARPS,
             )  # fmt: skip
 
         weights = call.unpack(call.per_head(running[..., :2, :]))
@@ -159,7 +70,7 @@ def backward(
 ) -> ScanGradients:
     """The gradient of every input of `forward`."""
     with torch.cuda.device_of(inputs.q):
-        call = _Call(inputs, options)
+        call = Call(inputs, options)
         s = call.shapes
         slope, checkpoints = saved
         out_grad = grads.out.contiguous()
@@ -182,7 +93,7 @@ def backward(
             state_rebuild[(s.pairs, s.slices, -(-tiles // s.checkpoint_every))](
                 call.k, call.rows, call.ends, call.base, call.starts, slope, checkpoints, call.initial, states,
                 s.length, s.heads, first, tiles, s.tiles, s.chunks, 1,
-                **call.state_constants, CHECKPOINT_EVERY=s.checkpoint_every, num_warps=8,
+                **call.constants["state_rebuild"], num_warps=NUM_WARPS,
             )  # fmt: skip
             update = torch.empty_like(states)
             x = _Hidden(*(call.q.new_empty(s.pairs, tiles, s.slices, s.tile, s.slice) for _ in _Hidden._fields))
@@ -199,30 +110,34 @@ def backward(
                 call.bias, states, slope, out_grad, normalized, pull, norm_rows,
                 x.key, x.key_bend, x.key_curve, x.slope1, x.query, x.query_grad,
                 output_grad, slope_part, x.key_grad, update, reach_grad, rows_grad, read_norm_grad,
-                s.length, s.heads, call.eps, first, tiles, s.tiles, s.slices, 1, **call.output_constants, num_warps=8,
+                s.length, s.heads, call.eps, first, tiles, s.tiles, s.slices, 1,
+                **call.constants["read_backward_2"], num_warps=NUM_WARPS,
             )  # fmt: skip
             read_backward_1[(tiles, s.pairs)](
                 call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, states, out_grad,
                 x.slope1, x.query_grad, q_grad, k_part, x.slope1_grad, update, reach_grad, rows_grad,
-                s.length, s.heads, first, tiles, s.tiles, s.slices, 1, **call.layer1_constants, num_warps=8,
+                s.length, s.heads, first, tiles, s.tiles, s.slices, 1,
+                **call.constants["read_backward_1"], num_warps=NUM_WARPS,
             )  # fmt: skip
             state_backward[(s.pairs,)](
                 call.k, call.rows, call.ends, call.base, call.gain, call.starts, states, slope, anchor_grad,
                 normalized, pull, norm_rows, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part,
                 x.key_grad, x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad,
                 norm_grad, s.length, s.heads, first, first + tiles, s.tiles, s.chunks,
-                call.anchor_tile if grads.anchor else -1, s.slices, 1, **call.reverse_constants, num_warps=8,
+                call.anchor_tile if grads.anchor else -1, s.slices, 1,
+                **call.constants["state_backward"], num_warps=NUM_WARPS,
             )  # fmt: skip
             gates_backward[(tiles, s.pairs, 2)](
                 call.log_gamma, call.log_eta, call.theta, reach_grad, rows_grad, ends_grad,
                 log_gamma_grad, log_eta_grad, theta_grad, s.length, s.heads, first, tiles,
-                **call.gate_constants, num_warps=8,
+                **call.constants["gates"], num_warps=NUM_WARPS,
             )  # fmt: skip
             norm_grad += read_norm_grad.sum(1)
             if call.toward_init:
                 base_grad += _base_gradient(call, slope, first, tiles, x, output_grad, output_slope)
 
-        d_moved, d_momentum = call.per_head(running[..., :2, :]), call.unpack(call.per_head(running[..., 2:, :]))
+        d_moved = call.per_head(running[..., :2, :])
+        d_momentum: tuple[Tensor, ...] = call.unpack(call.per_head(running[..., 2:, :]))
         if inputs.log_eta is None:  # momentum is handed through
             d_momentum = tuple(x.clone() for x in grads.momentum) or tuple(torch.zeros_like(x) for x in d_momentum)
         initial_grads: tuple[Tensor, ...]
@@ -264,7 +179,7 @@ class _Hidden(NamedTuple):
 
 
 def _base_gradient(
-    call: _Call, slope: Tensor, first: int, tiles: int, x: _Hidden, output_grad: Tensor, output_slope: Tensor
+    call: Call, slope: Tensor, first: int, tiles: int, x: _Hidden, output_grad: Tensor, output_slope: Tensor
 ) -> Tensor:
     """What a range's reads and anchors say about the base, [h, slices, 2, d * slice]."""
     s = call.shapes
