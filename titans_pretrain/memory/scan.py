@@ -31,7 +31,8 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         offset, options, depth, count, _ = ctx.others
-        flat, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        tensors = ctx.saved_tensors
+        flat, saved = tensors[:count], tensors[count:]
         inputs = _unflatten(flat, depth, offset)
         given = ResultGradients(
             grads[0], grads[1 : depth + 1], grads[depth + 1 : 2 * depth + 1], grads[2 * depth + 1 : -1]
