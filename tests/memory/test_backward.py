@@ -202,7 +202,7 @@ def test_gates_that_are_cut_off_have_no_gradient() -> None:
 def test_keys_that_are_zero_or_all_the_same(same: bool, norm: bool) -> None:
     inputs = make_inputs(24, norm=norm)
     inputs.theta.mul_(0.1)
-    inputs.k.copy_(inputs.k[:, :1] if same else torch.zeros_like(inputs.k))
+    inputs.k.copy_(inputs.k[:, :1].clone() if same else torch.zeros_like(inputs.k))
     for chunk in (8, 64):
         check(inputs, 0, MemoryOptions(chunk))
 
