@@ -127,6 +127,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
+    for name in ("timeout", "memory_limit"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value:g}")
     resolve_heads(args, default)
     if args.memory_limit is None:
         args.memory_limit = 0.8 * free_memory() / GIB
@@ -228,9 +232,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
 def print_head(args: argparse.Namespace) -> None:
     about = environment(args)
     versions = ", ".join(f"{key} {version}" for key, version in about["versions"].items() if version)
-    print(
-        f"{about['device_name']}; {versions}; {args.threads} thread{'s' * (args.threads > 1)}; load average {about['load_average']:.1f}"
-    )
+    print(f"{about['device_name']}; {versions}; threads: {args.threads}; load average {about['load_average']:.1f}")
     peak = (
         "peak memory is what torch allocated at most (max_memory_allocated)"
         if args.device == "cuda"
@@ -258,11 +260,11 @@ def print_cells(*cells: str) -> None:
 
 
 def significant(value: float | None) -> str:
-    """Three digits, never an exponent."""
+    """Three digits."""
     if value is None:
         return "-"
-    decimals = next((n for n, bound in enumerate((100, 10, 1)) if value >= bound), 3)
-    return f"{value:.{decimals}f}"
+    decimals = next((n for n, bound in enumerate((100, 10, 1)) if value >= bound), None)
+    return f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}"
 
 
 def print_growth(measured: list[dict[str, Any]]) -> None:
