@@ -1,0 +1,1 @@
+"""Commands for finished or running work: summaries, conversion, generation, stability, the speed of the memory."""
