@@ -225,6 +225,24 @@ def test_a_compiled_scan_is_one_graph_with_the_same_gradients() -> None:
     assert all(error(a, b) < 1e-14 for a, b in zip(*found, strict=True))
 
 
+def test_a_step_through_the_compilers_own_code() -> None:
+    """Inductor's C++ around the operator, with as few kernels as there can be: each is seconds of g++."""
+    torch._dynamo.reset()
+    problem = make_problem(9, 1, norm=False, momentum=False, forgetting=False).to(torch.float32)
+    weight = problem.initial_weights[0].requires_grad_()
+
+    def loss(weight: Tensor) -> Tensor:
+        out, _ = memory_scan(*problem._replace(initial_weights=(weight * 2,)), options=MemoryOptions(4))
+        return out.square().sum()
+
+    expected = loss(weight)
+    (expected_grad,) = torch.autograd.grad(expected, weight)
+    found = torch.compile(loss, fullgraph=True)(weight)
+    (found_grad,) = torch.autograd.grad(found, weight)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert error(found_grad, expected_grad) < 1e-6
+
+
 def test_training_without_compile_does_not_load_the_compiler() -> None:
     """It takes seconds, in every process."""
     code = (

@@ -8,6 +8,14 @@ from titans_pretrain.config import config_from_dict
 from titans_pretrain.errors import UserError
 
 
+def traced_train_job(*trees: dict[str, dict[str, Any]]) -> str | None:
+    """`train_job` where model.compile stops short of making C++, which takes a minute."""
+    from titans_pretrain.model import Titans
+
+    Titans.compile_blocks.__defaults__ = ("aot_eager",)
+    return train_job(*trees)
+
+
 def train_job(*trees: dict[str, dict[str, Any]]) -> str | None:
     """Train by each config in turn, in one process -> the sentence of the first user error, or None."""
     from titans_pretrain.train.environment import find_environment, join

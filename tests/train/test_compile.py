@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.train.jobs import train_job
-from tests.train.tiny import SEQ_LEN, losses, tiny_config, tiny_tree
+from tests.train.jobs import traced_train_job
+from tests.train.tiny import SEQ_LEN, losses, read_metrics, tiny_config, tiny_tree
 from titans_pretrain.errors import UserError
 from titans_pretrain.train.checkpoint import find_checkpoints
 from titans_pretrain.train.compiler import check_compiler
@@ -18,18 +18,18 @@ from titans_pretrain.train.engine import consolidated_weights
 
 
 def test_a_compiled_run_equals_a_plain_one_and_resumes_as_one(dataset: Path, tmp_path: Path) -> None:
-    """Through DeepSpeed ZeRO-1 and the compiler's C++, then on from its checkpoint without the compiler."""
+    """Through DeepSpeed ZeRO-1, with signals and recomputed activations, then on from its checkpoint as written."""
 
     def tree(name: str, **overrides: Any) -> dict[str, Any]:
-        small = {"variant": "lmm", "num_layers": 1, "num_persistent": 0, "memory_depth": 1, "conv_kernel": 1}
         return tiny_tree(
             dataset,
             tmp_path,
-            **{f"model__{key}": value for key, value in small.items()},
+            model__num_layers=1,
             data__batch_tokens=2 * SEQ_LEN,
             schedule__tokens=4 * 2 * SEQ_LEN,
-            log__interval=100,
+            log__interval=2,
             eval__tokens=SEQ_LEN,
+            engine__activation_checkpointing=True,
             run__name=name,
             **overrides,
         )
@@ -37,9 +37,13 @@ def test_a_compiled_run_equals_a_plain_one_and_resumes_as_one(dataset: Path, tmp
     plain, compiled = tree("plain"), tree("compiled", model__compile=True)
     compiled["run"]["stop_after"] = 2
     resumed = tree("compiled")
-    assert run_distributed(train_job, 1, plain, compiled, resumed, timeout=280) == [None]
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5, rel=0)
+    assert run_distributed(traced_train_job, 1, plain, compiled, resumed) == [None]
+    rows, expected_rows = (read_metrics(tmp_path / name) for name in ("compiled", "plain"))
+    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses(tmp_path / "plain"), abs=1e-5, rel=0)
     assert len(losses(tmp_path / "plain")) == 4
+    signals = [{name: x for name, x in row.items() if name.startswith("block_")} for row in (rows[2], expected_rows[2])]
+    assert signals[0] == pytest.approx(signals[1], rel=1e-4)
+    assert signals[0]
     found, expected = (
         consolidated_weights(find_checkpoints(tmp_path / name)[0], stage=1) for name in ("compiled", "plain")
     )
