@@ -82,29 +82,42 @@ def compile_all(head_dim: int, hidden: int, chunk: int, arch: int, **changes: An
 
 
 def record(
-    head_dim: int, hidden: int, chunk: int, *, norm: bool = True, forget: str = "init", starts: bool = False
+    head_dim: int,
+    hidden: int,
+    chunk: int,
+    *,
+    norm: bool = True,
+    forget: str = "init",
+    starts: bool = False,
+    length: int | None = None,
+    heads: int = 1,
+    device: str = "cpu",
+    keep: bool = True,
 ) -> list[Launch]:
-    """The launches of a forward and a backward over a few chunks, in order, on tensors of the right types on the CPU."""
+    """The launches of a forward and a backward, in order, recorded instead of made. The arrays they would work on are really
+    allocated, on `device`; "meta" costs nothing at any length (default: three chunks and a token). `keep=False` records
+    nothing, so that the arrays live as long as in a real run."""
     from titans_pretrain.memory.triton import call, launch
 
     options = MemoryOptions(chunk, forget_toward=forget)
-    length = 3 * chunk + 1
-    tokens = torch.zeros(1, length, 1, head_dim, dtype=torch.bfloat16)
-    gate = torch.zeros(1, length, 1, 2)
-    weights = (torch.zeros(1, head_dim, hidden), torch.zeros(1, hidden, head_dim))
-    state = tuple(w[None] for w in weights)
-    norms = torch.zeros(1, head_dim) if norm else None
-    begins = torch.zeros(1, 4, dtype=torch.bool) if starts else None
-    inputs = ScanInputs(
-        tokens, tokens, tokens, gate, gate, gate, weights, norms, norms, state, state, (), begins
-    )  # fmt: skip
+    length = length or 3 * chunk + 1
+    with torch.device(device):
+        q, k, v, out_grad = (torch.zeros(1, length, heads, head_dim, dtype=torch.bfloat16) for _ in range(4))
+        gate = torch.zeros(1, length, heads, 2)
+        weights = (torch.zeros(heads, head_dim, hidden), torch.zeros(heads, hidden, head_dim))
+        state = tuple(w[None] for w in weights)
+        norms = torch.zeros(heads, head_dim) if norm else None
+        begins = torch.zeros(1, -(-length // chunk), dtype=torch.bool) if starts else None
+    inputs = ScanInputs(q, k, v, gate, gate, gate, weights, norms, norms, state, state, (), begins)
     made: list[Launch] = []
     kernels = [(m, n, x) for m in (call, launch) for n, x in vars(m).items() if hasattr(x, "arg_names")]
     try:
         for module, name, kernel in kernels:
-            setattr(module, name, _Recorder(kernel, made))
+            setattr(module, name, _Recorder(kernel, made if keep else None))
         result = launch.forward(inputs, options, save=True)
-        launch.backward(inputs, options, result.saved, ResultGradients(tokens, state, state, state))
+        launch.backward(
+            inputs, options, result.saved, ResultGradients(out_grad, state, state, state if length % chunk else ())
+        )
     finally:
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
@@ -112,11 +125,15 @@ def record(
 
 
 class _Recorder:
-    def __init__(self, kernel: Any, made: list[Launch]) -> None:
+    def __init__(self, kernel: Any, made: list[Launch] | None) -> None:
         self.kernel, self.made = kernel, made
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **constants: self.made.append(Launch(self.kernel, arguments, constants))
+        def launch(*arguments: Any, **constants: Any) -> None:
+            if self.made is not None:
+                self.made.append(Launch(self.kernel, arguments, constants))
+
+        return launch
 
 
 def compile_one(launch: Launch, arch: int) -> Usage:

@@ -11,16 +11,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.memory.problem import Problem, error, make_problem, make_state, state_tensors
 from titans_pretrain.errors import UserError
 from titans_pretrain.memory import MemoryOptions, MemoryState, initial_state, memory_scan
 from titans_pretrain.memory.triton import shapes as triton_shapes
+from tools.compile_kernels import record
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -219,6 +223,39 @@ def test_saved_tensors_are_what_was_promised() -> None:
         saved = path.forward(inputs, 0, options, False, save).saved
         promised = path.saved_like(inputs, 0, options) if save else ()
         assert [(x.shape, x.dtype) for x in saved] == [(x.shape, x.dtype) for x in promised]
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors made within that were alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("hidden", [64, 256])
+def test_long_sequences_fit(hidden: int) -> None:
+    """131,072 tokens at dim 1024, forward and backward, in 20 GiB, and growing linearly: by the arrays the launches work on,
+    which are made on torch's meta device. (What a GPU adds: its context, and the allocator's rounding.)"""
+    peaks = []
+    for length in (65536, 131072, 262144):  # below, the scratch arrays are not at their limit yet
+        with PeakMemory() as memory:
+            record(64, hidden, 64, length=length, heads=16, device="meta", keep=False)
+        peaks.append(memory.peak / 2**30)
+    assert peaks[1] < 20
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.05)
+    assert peaks[2] < 4 * peaks[0], "more than linear"
 
 
 @pytest.mark.slow
