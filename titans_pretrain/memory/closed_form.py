@@ -55,18 +55,19 @@ def forward(inputs: ScanInputs, offset: int, options: MemoryOptions, want_surpri
         gates = [gate for run in gate_runs(inputs, segment) for gate in run.gates.unbind()]
         reads = []
         for i, piece in enumerate(segment):
-            carried = begin_piece(carried, piece, rule)
+            # With a home nothing else holds the weights, and from the second chunk on the anchor, that are carried here.
+            own = rule.home is not None and piece.start > 0
+            carried = begin_piece(carried, piece, rule, carried if own and piece.chunk else None)
             query, key, value = (x[:, piece.start - start : piece.stop - start] for x in (q, k, v))
             gate = gates[i * depth : (i + 1) * depth]
             keys = key_side(key, value, carried.anchor, rule, turns=False)
             if want_surprise:
                 surprise += 0.5 * keys.loss.error.square().sum()
-            after = write(keys, carried, gate)
-            if piece.size == 1:
-                reads.append(read_after(query, after, rule))
-            else:
+            if piece.size > 1:
                 reads.append(read(query, keys, carried, gate, rule, act_slopes=False)[0])
-            carried = after
+            carried = write(keys, carried, gate, carried if own else None)
+            if piece.size == 1:
+                reads.append(read_after(query, carried, rule))
         y = torch.cat(reads, dim=1)
         out[:, start:stop] = per_token(y if rule.norm is None else rule.norm(y).add_(q), heads)
 

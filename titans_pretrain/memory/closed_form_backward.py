@@ -61,9 +61,10 @@ def backward(
     assert v is not None
     assert theta is not None
     found = ScanGradients(q, k, v, log_gamma, log_eta, theta, (), None, None, (), (), ())
+    rooms = [_room(inputs) for _ in range(min(PART, max(len(segment) for segment in segments)))]
     for index in range(len(segments) - 1, -1, -1):
         before = _segment_start(index, segments, saved, inputs, rule)
-        _segment_backward(segments[index], before, inputs, grads.out, rule, carried, found)
+        _segment_backward(segments[index], before, inputs, grads.out, rule, rooms, carried, found)
 
     def summed(xs: list[Tensor]) -> tuple[Tensor, ...]:  # [n, ...] -> [h, ...]
         return tuple(x.unflatten(0, (-1, heads)).sum(0) for x in xs)
@@ -84,15 +85,19 @@ def backward(
     )
 
 
+def _room(inputs: ScanInputs) -> Carried:
+    batch, dtype = inputs.q.shape[0], inputs.theta.dtype
+    fields = (
+        [w.new_empty((batch * w.shape[0], *w.shape[1:]), dtype=dtype) for w in inputs.initial_weights] for _ in range(3)
+    )
+    return Carried(*fields)
+
+
 def _last_gradients(inputs: ScanInputs, rule: Rule, grads: ResultGradients) -> CarriedGradients:
     """The gradients with respect to the state after the last token."""
-    batch, dtype = inputs.q.shape[0], inputs.theta.dtype
-
-    def room() -> list[Tensor]:
-        return [w.new_zeros((batch * w.shape[0], *w.shape[1:]), dtype=dtype) for w in inputs.initial_weights]
 
     def given(xs: tuple[Tensor, ...]) -> list[Tensor]:
-        result = room()
+        result = [total.zero_() for total in _room(inputs).weights]
         for total, x in zip(result, xs, strict=False):
             total += x.flatten(0, 1)
         return result
@@ -103,8 +108,9 @@ def _last_gradients(inputs: ScanInputs, rule: Rule, grads: ResultGradients) -> C
         given(grads.momentum),
         given(grads.anchor),
         None if rule.home is None else given(grads.weights),
-        None if rule.fresh is None else room(),
+        None if rule.fresh is None else given(()),
         norm,
+        _room(inputs).weights,
     )
 
 
@@ -133,6 +139,7 @@ def _segment_backward(
     inputs: ScanInputs,
     out_grad: Tensor,
     rule: Rule,
+    rooms: list[Carried],
     carried: CarriedGradients,
     found: ScanGradients,
 ) -> None:
@@ -153,7 +160,7 @@ def _segment_backward(
     for part in parts[:-1]:
         starts.append(_roll(part, starts[-1], inputs, rule))
     while parts:
-        _part_backward(parts.pop(), starts.pop(), inputs, out_grad, rule, carried, found)
+        _part_backward(parts.pop(), starts.pop(), inputs, out_grad, rule, rooms, carried, found)
     for run, run_grad in zip(runs, run_grads, strict=True):
         of_gates = gates_backward(run.log_gamma, run.log_eta, run.theta, run_grad)
         for total, x in zip((found.log_gamma, found.log_eta, found.theta), of_gates, strict=True):
@@ -178,22 +185,24 @@ def _part_backward(
     inputs: ScanInputs,
     out_grad: Tensor,
     rule: Rule,
+    rooms: list[Carried],
     carried: CarriedGradients,
     found: ScanGradients,
 ) -> None:
-    """The pieces of a part forward once more, now with all that their way back needs, and back."""
+    """The pieces of a part forward once more, now with all that their way back needs, and back. `rooms`: for each piece of
+    a part room for the state before it."""
     start, stop = part[0].piece.start, part[-1].piece.stop
     q, k, v, read_grad = (per_head(x, start, stop).to(inputs.theta.dtype) for x in (*inputs[:3], out_grad))
     records, reads = [], []
-    for piece, gates, gate_grads in part:
-        before = begin_piece(before, piece, rule)
+    for i, (piece, gates, gate_grads) in enumerate(part):
+        before = begin_piece(before, piece, rule, rooms[i])
         query, key, value = (x[:, piece.start - start : piece.stop - start] for x in (q, k, v))
         keys = key_side(key, value, before.anchor, rule, turns=True)
         y, queries = read(query, keys, before, gates, rule, act_slopes=True)
         reads.append(y)
         records.append(PieceRecord(piece, before, keys, queries, gates, gate_grads))
         if piece.stop < stop:
-            before = write(keys, before, gates)
+            before = write(keys, before, gates, rooms[i + 1])
 
     net_grad = read_grad
     if rule.norm is not None and carried.norm is not None:

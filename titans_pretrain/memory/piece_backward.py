@@ -44,6 +44,8 @@ class CarriedGradients(NamedTuple):
     fresh: list[Tensor] | None
     norm: tuple[Tensor, Tensor] | None
     """Of the layer norm's gain and bias [n, 1, d]."""
+    room: list[Tensor]
+    """No gradient: for products that are summed at once."""
 
 
 def piece_backward(
@@ -72,7 +74,7 @@ def _layer_backward(
     x, slope = record.keys.inputs[layer], record.keys.slopes[layer]
     r, score = record.queries.inputs[layer], record.queries.scores[layer]
     w, s = record.before.weights[layer], record.before.momentum[layer]
-    w_grad, s_grad = grads.weights[layer], grads.momentum[layer]
+    w_grad, s_grad, room = grads.weights[layer], grads.momentum[layer], grads.room[layer]
 
     # The read: y = (reach * score) D + R home + keep * (R W) + carry * (R S) with score = R X'.
     reached_grad = y_grad @ slope.mT
@@ -91,11 +93,11 @@ def _layer_backward(
         _outer_backward(s_grad, x, slope, gate.momentum_update, gate_grad.momentum_update, x_grad, slope_grad)
 
     # The state: from its gradients after the piece to those before it, the writes' shares before the reads'.
-    last_keep_grad = None if gate.keep is None else _dot(w_grad, w)
+    last_keep_grad = None if gate.keep is None else _dot(w_grad, w, room)
     last_carry_grad = None
     if gate.carry is not None and gate.momentum_keep is not None and gate_grad.momentum_keep is not None:
-        gate_grad.momentum_keep.copy_(_dot(s_grad, s))
-        last_carry_grad = _dot(w_grad, s)
+        gate_grad.momentum_keep.copy_(_dot(s_grad, s, room))
+        last_carry_grad = _dot(w_grad, s, room)
         s_grad.mul_(gate.momentum_keep).addcmul_(gate.carry[:, -1:], w_grad)
         assert gate_grad.carry is not None
         gate_grad.carry.copy_(_scaled_backward(y_grad, gate.carry, r, s, record.queries.carried[layer], r_grad, s_grad))
@@ -183,6 +185,6 @@ def _begin_backward(piece: Piece, rule: Rule, grads: CarriedGradients) -> None:
             grads.momentum[layer].masked_fill_(start, 0.0)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """[n, i, o] with [n, i, o] -> [n, 1, 1]"""
-    return (a * b).sum((-2, -1), keepdim=True)
+    return torch.mul(a, b, out=room).sum((-2, -1), keepdim=True)

@@ -115,13 +115,16 @@ def first_carried(inputs: ScanInputs, rule: Rule) -> Carried:
     return Carried(weights, [s.flatten(0, 1) for s in inputs.momentum], anchor)
 
 
-def with_home(weights: Sequence[Tensor], rule: Rule) -> list[Tensor]:
-    """The whole weights from carried ones."""
-    return list(weights) if rule.home is None else [w + w0 for w, w0 in zip(weights, rule.home, strict=True)]
+def with_home(weights: Sequence[Tensor], rule: Rule, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The whole weights from carried ones; without home these themselves."""
+    if rule.home is None:
+        return list(weights)
+    rooms = [None] * len(weights) if into is None else into
+    return [torch.add(w, w0, out=room) for w, w0, room in zip(weights, rule.home, rooms, strict=True)]
 
 
-def begin_piece(carried: Carried, piece: Piece, rule: Rule) -> Carried:
-    """Where the piece begins a chunk: a document's start, and the anchor."""
+def begin_piece(carried: Carried, piece: Piece, rule: Rule, into: Carried | None = None) -> Carried:
+    """Where the piece begins a chunk: a document's start, and the anchor, written to `into`'s where that is given."""
     if piece.chunk is None:
         return carried
     weights, momentum = carried.weights, carried.momentum
@@ -130,7 +133,7 @@ def begin_piece(carried: Carried, piece: Piece, rule: Rule) -> Carried:
         fresh = [w.new_zeros(()) for w in weights] if rule.fresh is None else rule.fresh
         weights = [torch.where(start, w0, w) for w, w0 in zip(weights, fresh, strict=True)]
         momentum = [s.masked_fill(start, 0.0) for s in momentum]
-    return Carried(weights, momentum, with_home(weights, rule))
+    return Carried(weights, momentum, with_home(weights, rule, None if into is None else into.anchor))
 
 
 def key_side(key: Tensor, value: Tensor, anchor: Sequence[Tensor], rule: Rule, turns: bool) -> KeySide:
@@ -155,19 +158,22 @@ def key_side(key: Tensor, value: Tensor, anchor: Sequence[Tensor], rule: Rule, t
     return KeySide(inputs, slopes[::-1], act_slopes, bends, loss)
 
 
-def write(keys: KeySide, carried: Carried, gates: Sequence[PieceGates]) -> Carried:
-    """The state after a piece, in new tensors."""
+def write(keys: KeySide, carried: Carried, gates: Sequence[PieceGates], into: Carried | None = None) -> Carried:
+    """The state after a piece; written to `into`, which may be `carried` itself, where that is given: memory that has been
+    in use is several times faster to write to than memory that the system has yet to hand out."""
     weights, momentum = [], []
-    for x, slope, w, s, gate in zip(keys.inputs, keys.slopes, carried.weights, carried.momentum, gates, strict=True):
-        kept = w
+    for layer, gate in enumerate(gates):
+        x, slope, w, s = keys.inputs[layer], keys.slopes[layer], carried.weights[layer], carried.momentum[layer]
+        w_room, s_room = (None, None) if into is None else (into.weights[layer], into.momentum[layer])
         if gate.keep is not None:
-            kept = gate.keep[:, -1:] * w
+            kept = torch.mul(gate.keep[:, -1:], w, out=w_room)
+        else:
+            kept = w.clone() if w_room is None else w_room.copy_(w)
         if gate.carry is not None:
-            last = gate.carry[:, -1:]
-            kept = torch.addcmul(w, last, s) if kept is w else kept.addcmul_(last, s)
+            kept.addcmul_(gate.carry[:, -1:], s)
         if gate.momentum_keep is not None and gate.momentum_update is not None:
-            s = _add_outer(gate.momentum_keep * s, x, slope, gate.momentum_update)
-        weights.append(_add_outer(kept.clone() if kept is w else kept, x, slope, gate.update))
+            s = _add_outer(torch.mul(gate.momentum_keep, s, out=s_room), x, slope, gate.momentum_update)
+        weights.append(_add_outer(kept, x, slope, gate.update))
         momentum.append(s)
     return Carried(weights, momentum, carried.anchor)
 
