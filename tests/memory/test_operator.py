@@ -172,6 +172,14 @@ def test_only_what_will_be_differentiated_is_saved(recorder: Recorder) -> None:
     assert {problem.q.data_ptr(), problem.k.data_ptr(), problem.v.data_ptr()} <= places  # bf16 as it came, no copy
 
 
+def test_a_gradient_that_passes_through_is_copied() -> None:
+    """An operator of torch.library must not hand out memory of its arguments, or the same memory twice."""
+    given, twice = torch.ones(3), torch.ones(2, 3)
+    found = operator._own(iter((given, twice, twice[1], twice.mT, torch.empty(0))), [None, [given], 1.0])
+    assert len({x.untyped_storage().data_ptr() for x in (given, *found[:4])}) == 5
+    assert all(x.is_contiguous() for x in found)
+
+
 def test_autocast_does_not_reach_either_pass(recorder: Recorder) -> None:
     seen = []
     for name in ("forward", "backward"):

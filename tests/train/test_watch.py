@@ -35,6 +35,8 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=shards.vocab_size))
     model = Titans(config.model)
     initialize(model, seed=0)
+    if config.model.compile:
+        model.compile_blocks("aot_eager")
     victim = model.blocks[1].feed_forward.up.weight
     if poison == "weight":
         with torch.no_grad():
@@ -73,13 +75,16 @@ def _local(model: torch.nn.Module) -> list[torch.Tensor]:
     return [getattr(p, "ds_tensor", p).detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "compiled"), [(0, False), (1, False), (2, False), (3, False), (1, True)])
 @pytest.mark.parametrize("poison", ["weight", "gradient"])
-def test_step_is_refused_and_the_layer_named(stage: int, poison: str, dataset: Path, tmp_path: Path) -> None:
+def test_step_is_refused_and_the_layer_named(
+    stage: int, compiled: bool, poison: str, dataset: Path, tmp_path: Path
+) -> None:
     tree = tiny_tree(
         dataset,
         tmp_path,
         model__variant="transformer",
+        model__compile=compiled,
         data__micro_batch=2,
         engine__zero_stage=stage,
         engine__deepspeed=sharded(100) if stage == 3 else {},
