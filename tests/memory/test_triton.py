@@ -98,6 +98,8 @@ def assert_equal_to_closed_form(
         (63, 64, {}),
         (130, 64, {}),
         (150, 128, {}),
+        (520, 256, {}),
+        (512, 256, dict(norm=False, hidden=128)),
         (7, 16, dict(momentum=False)),
         (20, 16, dict(forgetting=False)),
         (20, 16, dict(forgetting=False, momentum=False, norm=False)),
@@ -118,17 +120,17 @@ def test_equals_the_closed_form_with_other_options(changes: dict) -> None:
     assert_equal_to_closed_form(calm_problem(20), None, MemoryOptions(16, **changes))
 
 
-@pytest.mark.parametrize("chunk", [16, 128])
+@pytest.mark.parametrize("chunk", [16, 128, 256])
 def test_ranges_and_checkpoints_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_shapes, "SCRATCH_BYTES", 1)
-    problem = calm_problem(84 if chunk == 16 else 300)
+    problem = calm_problem({16: 84, 128: 300, 256: 600}[chunk])
     shapes = triton_shapes.Shapes(1, problem.q.shape[1], 1, 16, 16, chunk, 4)
     assert len(list(shapes.ranges(backward=True))) > 2
     assert shapes.checkpoints > 1
     assert_equal_to_closed_form(problem, None, MemoryOptions(chunk))
 
 
-@pytest.mark.parametrize(("chunk", "length", "hidden"), [(16, 36, 16), (16, 36, 128), (128, 260, 16)])
+@pytest.mark.parametrize(("chunk", "length", "hidden"), [(16, 36, 16), (16, 36, 128), (128, 260, 16), (256, 600, 16)])
 def test_documents_begin_anew(chunk: int, length: int, hidden: int) -> None:
     problem = calm_problem(length, hidden=hidden, batch=2)
     starts = torch.tensor([[True, False, True], [False, True, False]])
@@ -173,7 +175,7 @@ def test_zero_keys_and_a_chunk_of_identical_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk", "hidden"), [(63, 64, 64), (64, 64, 128), (100, 16, 64), (300, 64, 64), (300, 128, 64)]
+    ("length", "chunk", "hidden"), [(63, 64, 64), (64, 64, 128), (100, 16, 64), (300, 64, 64), (300, 256, 64)]
 )
 def test_bfloat16_stays_near_single_precision(length: int, chunk: int, hidden: int) -> None:
     """The bar of docs/memory-kernel.md for RMS(x - exact) / RMS(exact): outputs 0.006, gradients 0.01."""

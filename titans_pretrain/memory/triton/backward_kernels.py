@@ -289,25 +289,26 @@ def state_backward(
     k, rows, ends, base, gain, starts, states, slope, anchor_grad, anchor_normalized, pull, norm_rows,
     key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
     k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad, norm_grad,
-    T, H, first_tile, last_tile, all_tiles, chunks, anchor_tile, slices, once,
+    T, H, first_tile, tiles, end_tile, rounds, all_tiles, chunks, anchor_tile, slices, once,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
     TILES_PER_CHUNK: tl.constexpr,
-    NORM: tl.constexpr, BASE: tl.constexpr, STARTS: tl.constexpr, OPERAND: tl.constexpr,
+    NORM: tl.constexpr, BASE: tl.constexpr, STARTS: tl.constexpr, PARALLEL: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Walk tiles last_tile > i >= first_tile. `running` [n, 1, SLICES, 4, D * SLICE] holds d_W, d_S after the range and leaves
-    with those before it; chunk_grad [n, 1, SLICES, 2, ...] gathers what the tiles of an unfinished chunk say about its anchor.
-    Leaves d_K and d_V; the gradients of p, r and of the gates' ends; for the base, d_A in place of hidden_part, d_D1 * act' in
-    place of slope1_part and the gradient of the network's output in output_slope (like slope_part). Grid (n,)."""
+    """From d_W, d_S after a tile to all that the tile's inner gradients say: d_K and d_V; the gradients of p, r, of the gates'
+    ends and per tile of gain and bias; for the base, d_A in place of hidden_part, d_D1 * act' in place of slope1_part and the
+    gradient of the network's output in output_slope (like slope_part).
+
+    Grid (n, 1) with `rounds` tiles: walk them in reverse from end_tile - 1. `running` [n, 1, SLICES, 4, D * SLICE] holds d_W,
+    d_S after them and leaves with those before; chunk_grad [n, 1, SLICES, 2, ...] gathers what the tiles of an unfinished chunk
+    say about its anchor. PARALLEL, grid (n, rounds): the tiles of a chunk at once; `update` holds d_W, d_S after each
+    (`chunk_backward`), and each leaves its word about the anchor in chunk_grad [n, TILES_PER_CHUNK, SLICES, 2, ...]."""
     n = tl.program_id(0)
     h = n % H
     SIZE: tl.constexpr = D * SLICE
     o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
     i, d = tl.arange(0, TILE), tl.arange(0, D)
-    tiles = last_tile - first_tile
-    d_gain, d_bias = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-
-    for step in range(tiles):
-        tile = last_tile - 1 - step
+    for step in range(rounds if not PARALLEL else 1):
+        tile = end_tile - 1 - tl.program_id(1) - step
         local = tile - first_tile
         chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
         entry = n.to(tl.int64) * tiles + local
@@ -326,23 +327,26 @@ def state_backward(
         d_p2, d_r2 = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
         for j in range(slices):
             hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
-            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+            if PARALLEL:
+                after = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
+            else:
+                after = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
             d_d1 = tl.load(slope1_part + hidden).to(tl.float32)
-            onto = dot(keys, narrow(tl.load(run + o1), OPERAND), once)
+            onto = dot(keys, narrow(tl.load(after + o1), OPERAND), once)
             d_p1 -= tl.sum(onto * d1, 1)
             d_d1 -= p1 * onto
-            onto = dot(keys, narrow(tl.load(run + 2 * SIZE + o1), OPERAND), once)
+            onto = dot(keys, narrow(tl.load(after + 2 * SIZE + o1), OPERAND), once)
             d_r1 -= tl.sum(onto * d1, 1)
             d_d1 -= r1 * onto
             tl.store(slope1_part + hidden, narrow(d_d1, OPERAND))
             a2 = load_anchor_2(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
             d_d2 += dot(narrow(d_d1 * tl.load(key_bend + hidden).to(tl.float32), OPERAND), a2, once)
             xb, d2 = tl.load(key_hidden + hidden), d2b.to(tl.float32)
-            onto = dot(xb, narrow(tl.load(run + SIZE + o2), OPERAND), once)
+            onto = dot(xb, narrow(tl.load(after + SIZE + o2), OPERAND), once)
             d_p2 -= tl.sum(onto * d2, 1)
             d_d2 -= p2 * onto
-            onto = dot(xb, narrow(tl.load(run + 3 * SIZE + o2), OPERAND), once)
+            onto = dot(xb, narrow(tl.load(after + 3 * SIZE + o2), OPERAND), once)
             d_r2 -= tl.sum(onto * d2, 1)
             d_d2 -= r2 * onto
         tl.debug_barrier()
@@ -363,9 +367,10 @@ def state_backward(
             by_direction = (tl.sum(d_y * normalized, 1) / HEAD_DIM)[:, None]
             by_scale = (tl.sum(d_y * d2, 1) / HEAD_DIM)[:, None]
             d_slope = through_norm(d_y, normalized, inverse_std, D, HEAD_DIM)
-            d_gain += tl.sum(d_slope * tl.load(pull + per_token).to(tl.float32), 0)
+            sums = norm_grad + entry * (2 * D) + d
+            tl.store(sums, tl.sum(d_slope * tl.load(pull + per_token).to(tl.float32), 0))
             d_error = d_slope * g
-            d_bias += tl.sum(d_error, 0)
+            tl.store(sums + D, tl.sum(d_error, 0))
             # Normalizing is a projection times 1 / std, which takes the inner loss's slope to D2: no second error is needed.
             d_y = through_norm(d_error * g, normalized, inverse_std, D, HEAD_DIM)
             d_y -= inverse_std * (along * d_slope + by_direction * d2 + by_scale * normalized)
@@ -384,10 +389,14 @@ def state_backward(
             hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
             before = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
             change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
-            gathered = chunk_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
             extra = anchor_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
-            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
-            d_w2, d_s2 = tl.load(run + SIZE + o2), tl.load(run + 3 * SIZE + o2)
+            if PARALLEL:
+                after = change
+                gathered = chunk_grad + at_slice(n, tile % TILES_PER_CHUNK, j, TILES_PER_CHUNK, SLICES, 2, SIZE)
+            else:
+                after = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+                gathered = chunk_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
+            d_w2, d_s2 = tl.load(after + SIZE + o2).to(tl.float32), tl.load(after + 3 * SIZE + o2).to(tl.float32)
             d2 = d2b.to(tl.float32)
             d_x = tl.load(hidden_part + hidden).to(tl.float32)
             d_x -= dot(narrow(p2 * d2, OPERAND), tl.trans(narrow(d_w2, OPERAND)), once)
@@ -402,21 +411,24 @@ def state_backward(
             if BASE:
                 tl.store(slope1_part + hidden, d_back)
             d_anchor = dot(tl.trans(d_back), d2b, once) + dot(tl.trans(tl.load(key_hidden + hidden)), d_yb, once)
-            if TILES_PER_CHUNK > 1:
-                d_anchor += tl.load(gathered + SIZE + o2)
-                begins = tile % TILES_PER_CHUNK == 0
-                tl.store(gathered + SIZE + o2, tl.where(begins, 0.0, d_anchor))
-                d_anchor = tl.where(begins, d_anchor, 0.0)
-            if tile == anchor_tile:
-                d_anchor += tl.load(extra + SIZE + o2)
             s = tl.load(before + 3 * SIZE + o2).to(tl.float32)
             d_beta2 += tl.sum(d_w2 * tl.load(before + SIZE + o2).to(tl.float32))
             d_f2 += tl.sum(d_w2 * s)
             d_m2 += tl.sum(d_s2 * s)
-            d_s2 = keep * (f2 * d_w2 + m2 * d_s2 + tl.load(change + 3 * SIZE + o2).to(tl.float32))
-            d_w2 = keep * (beta2 * d_w2 + tl.load(change + SIZE + o2).to(tl.float32) + d_anchor)
-            tl.store(run + SIZE + o2, d_w2)
-            tl.store(run + 3 * SIZE + o2, d_s2)
+            if PARALLEL:
+                tl.store(gathered + SIZE + o2, d_anchor)
+            else:
+                if TILES_PER_CHUNK > 1:
+                    d_anchor += tl.load(gathered + SIZE + o2)
+                    begins = tile % TILES_PER_CHUNK == 0
+                    tl.store(gathered + SIZE + o2, tl.where(begins, 0.0, d_anchor))
+                    d_anchor = tl.where(begins, d_anchor, 0.0)
+                if tile == anchor_tile:
+                    d_anchor += tl.load(extra + SIZE + o2)
+                d_s2 = keep * (f2 * d_w2 + m2 * d_s2 + tl.load(change + 3 * SIZE + o2).to(tl.float32))
+                d_w2 = keep * (beta2 * d_w2 + tl.load(change + SIZE + o2).to(tl.float32) + d_anchor)
+                tl.store(after + SIZE + o2, d_w2)
+                tl.store(after + 3 * SIZE + o2, d_s2)
         tl.debug_barrier()
         d_k = tl.load(k_part + per_token)
         if NORM:
@@ -425,32 +437,39 @@ def state_backward(
             hidden = hidden_offsets(entry, j, SLICES, TILE, SLICE)
             before = states + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
             change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
-            gathered = chunk_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
             extra = anchor_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
-            run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+            if PARALLEL:
+                after = change
+                gathered = chunk_grad + at_slice(n, tile % TILES_PER_CHUNK, j, TILES_PER_CHUNK, SLICES, 2, SIZE)
+            else:
+                after = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE)
+                gathered = chunk_grad + at_slice(n, 0, j, 1, SLICES, 2, SIZE)
             d_a = tl.load(hidden_part + hidden)
-            d_w1, d_s1 = tl.load(run + o1), tl.load(run + 2 * SIZE + o1)
+            d_w1, d_s1 = tl.load(after + o1).to(tl.float32), tl.load(after + 2 * SIZE + o1).to(tl.float32)
             d1 = tl.load(slope1 + hidden).to(tl.float32)
             d_k -= dot(narrow(p1 * d1, OPERAND), tl.trans(narrow(d_w1, OPERAND)), once)
             d_k -= dot(narrow(r1 * d1, OPERAND), tl.trans(narrow(d_s1, OPERAND)), once)
             a1 = load_anchor_1(states, base, n, h, chunk_start, j, tiles, D, SLICE, SLICES, BASE, OPERAND)
             d_k += dot(d_a, tl.trans(a1), once)
             d_anchor = dot(tl.trans(keys), d_a, once)
-            if TILES_PER_CHUNK > 1:
-                d_anchor += tl.load(gathered + o1)
-                begins = tile % TILES_PER_CHUNK == 0
-                tl.store(gathered + o1, tl.where(begins, 0.0, d_anchor))
-                d_anchor = tl.where(begins, d_anchor, 0.0)
-            if tile == anchor_tile:
-                d_anchor += tl.load(extra + o1)
             s = tl.load(before + 2 * SIZE + o1).to(tl.float32)
             d_beta1 += tl.sum(d_w1 * tl.load(before + o1).to(tl.float32))
             d_f1 += tl.sum(d_w1 * s)
             d_m1 += tl.sum(d_s1 * s)
-            d_s1 = keep * (f1 * d_w1 + m1 * d_s1 + tl.load(change + 2 * SIZE + o1).to(tl.float32))
-            d_w1 = keep * (beta1 * d_w1 + tl.load(change + o1).to(tl.float32) + d_anchor)
-            tl.store(run + o1, d_w1)
-            tl.store(run + 2 * SIZE + o1, d_s1)
+            if PARALLEL:
+                tl.store(gathered + o1, d_anchor)
+            else:
+                if TILES_PER_CHUNK > 1:
+                    d_anchor += tl.load(gathered + o1)
+                    begins = tile % TILES_PER_CHUNK == 0
+                    tl.store(gathered + o1, tl.where(begins, 0.0, d_anchor))
+                    d_anchor = tl.where(begins, d_anchor, 0.0)
+                if tile == anchor_tile:
+                    d_anchor += tl.load(extra + o1)
+                d_s1 = keep * (f1 * d_w1 + m1 * d_s1 + tl.load(change + 2 * SIZE + o1).to(tl.float32))
+                d_w1 = keep * (beta1 * d_w1 + tl.load(change + o1).to(tl.float32) + d_anchor)
+                tl.store(after + o1, d_w1)
+                tl.store(after + 2 * SIZE + o1, d_s1)
         tl.debug_barrier()
 
         tl.store(k_grad + at, narrow(d_k, k_grad.dtype.element_ty), mask=valid)
@@ -461,7 +480,30 @@ def state_backward(
         tl.store(end + 4, d_beta2)
         tl.store(end + 5, d_f2)
         tl.store(end + 6, d_m2)
-    if NORM:
-        sums = norm_grad + n * (2 * D) + d
-        tl.store(sums, tl.load(sums) + d_gain)
-        tl.store(sums + D, tl.load(sums + D) + d_bias)
+
+
+@triton.jit
+def chunk_backward(
+    ends, running, update, H, first_tile, tiles, end_tile, rounds, all_tiles,
+    SIZE: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """d_W, d_S after every tile of a chunk, in place of what the tile's reads say about them (`update`): inside a chunk the
+    state's way back does not depend on the inner gradients, whose word comes in at the anchor. `running` steps from after the
+    chunk to before it, that word not yet in. Grid (n, SLICES * SIZE / BLOCK, 2), element by element."""
+    n, layer = tl.program_id(0), tl.program_id(2)
+    blocks: tl.constexpr = SIZE // BLOCK
+    j = tl.program_id(1) // blocks
+    e = layer * SIZE + (tl.program_id(1) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE) + e
+    d_w, d_s = tl.load(run), tl.load(run + 2 * SIZE)
+    for step in range(rounds):
+        tile = end_tile - 1 - step
+        at = update + at_slice(n, tile - first_tile, j, tiles, SLICES, 4, SIZE) + e
+        by_w, by_s = tl.load(at).to(tl.float32), tl.load(at + 2 * SIZE).to(tl.float32)
+        tl.store(at, narrow(d_w, OPERAND))
+        tl.store(at + 2 * SIZE, narrow(d_s, OPERAND))
+        end = ends + ((n.to(tl.int64) * all_tiles + tile) * 2 + layer) * 4
+        d_s = tl.load(end + 1) * d_w + tl.load(end + 2) * d_s + by_s
+        d_w = tl.load(end) * d_w + by_w
+    tl.store(run, d_w)
+    tl.store(run + 2 * SIZE, d_s)

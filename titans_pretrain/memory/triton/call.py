@@ -54,6 +54,7 @@ class Call:
         whole = {**network, "TILES_PER_CHUNK": s.tiles_per_chunk}
         gelu, norm = {"GELU": options.activation == "gelu"}, {"NORM": inputs.norm_weight is not None}
         resets, every = {"STARTS": starts is not None}, {"CHECKPOINT_EVERY": s.checkpoint_every}
+        scan = {"SIZE": s.matrix, "SLICES": s.slices, "BLOCK": s.block, "OPERAND": operand}
         self.constants: dict[str, dict[str, Any]] = {
             "gates": gates,
             "state_forward": {**whole, **gelu, **norm, **resets, **every},
@@ -61,7 +62,10 @@ class Call:
             "state_rebuild": {**whole, **gelu, **resets, **every},
             "read_backward_2": {**whole, **gelu, **norm, **gates},
             "read_backward_1": {**network, **norm, **gates},
-            "state_backward": {**whole, **norm, **resets},
+            "state_backward": {**whole, **norm, **resets, "PARALLEL": s.parallel},
+            "delta_forward": {**network, **gelu, **norm},
+            "chunk_forward": {**scan, "TILES_PER_CHUNK": s.tiles_per_chunk, **resets, **every},
+            "chunk_backward": scan,
         }
         self.eps = options.norm_eps
         self.anchor_tile = -1 if s.open_chunk is None else s.open_chunk
@@ -79,7 +83,11 @@ class Call:
         ]
         self.initial = torch.cat([self.pack(*moved), self.pack(*inputs.momentum)], -2).flatten(0, 1).unsqueeze(1)
         if starts is not None:
-            self.initial *= (1.0 - self.starts[:, :1]).repeat_interleave(s.heads, 0)[..., None, None, None]
+            self.initial *= self.kept(0)
+
+    def kept(self, chunk: int) -> Tensor:
+        """[n, 1, 1, 1, 1]: 0 where a document starts with the chunk, else 1."""
+        return (1.0 - self.starts[:, chunk]).repeat_interleave(self.shapes.heads)[:, None, None, None, None]
 
     def floats(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)

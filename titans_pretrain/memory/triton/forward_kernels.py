@@ -35,7 +35,7 @@ def load_anchor_1(
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """A slice of the first layer's weights before tile `local` of the range: the point at which gradients are taken."""
-    a = tl.load(states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE) + first_layer(D, SLICE))
+    a = narrow(tl.load(states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE) + first_layer(D, SLICE)), OPERAND)
     if BASE:
         b = tl.load(base + (h * SLICES + j) * (2 * D * SLICE) + first_layer(D, SLICE))
         a = narrow(a.to(tl.float32) + b.to(tl.float32), OPERAND)
@@ -48,7 +48,8 @@ def load_anchor_2(
     D: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """The second layer's."""
-    a = tl.load(states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE) + D * SLICE + second_layer(D, SLICE))
+    a = states + at_slice(n, local, j, tiles, SLICES, 4, D * SLICE) + D * SLICE
+    a = narrow(tl.load(a + second_layer(D, SLICE)), OPERAND)
     if BASE:
         b = tl.load(base + (h * SLICES + j) * (2 * D * SLICE) + D * SLICE + second_layer(D, SLICE))
         a = narrow(a.to(tl.float32) + b.to(tl.float32), OPERAND)
@@ -156,7 +157,6 @@ def state_forward(
         store_state(to, w1, w2, tl.load(run + 2 * SIZE + o1), tl.load(run + 3 * SIZE + o2), D, SLICE, OPERAND)
     tl.debug_barrier()
 
-    total = 0.0
     for tile in range(first_tile, last_tile):
         chunk_start = (tile // TILES_PER_CHUNK) * TILES_PER_CHUNK - first_tile
         at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
@@ -167,7 +167,7 @@ def state_forward(
             y += dot(narrow(activate(dot(keys, a1, once), GELU), OPERAND), a2, once)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
         error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, HEAD_DIM, NORM)
-        total += tl.sum(tl.where(valid, error * error, 0.0))
+        tl.store(surprise + n.to(tl.int64) * all_tiles + tile, 0.5 * tl.sum(tl.where(valid, error * error, 0.0)))
         d2b = narrow(d2, OPERAND)
         tl.store(slope + at, d2b, mask=valid)
 
@@ -198,7 +198,6 @@ def state_forward(
                 D, SLICE, SLICES, CHECKPOINT_EVERY, SAVE, OPERAND,
             )  # fmt: skip
         tl.debug_barrier()
-    tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
 
 
 @triton.jit(do_not_specialize=LOOPS)
@@ -226,7 +225,6 @@ def state_forward_resident(
     s1, s2 = tl.load(run + 2 * SIZE + o1), tl.load(run + 3 * SIZE + o2)
     store_state(states + at_slice(n, 0, 0, last_tile - first_tile, SLICES, 4, SIZE), w1, w2, s1, s2, D, SLICE, OPERAND)
     a1, a2 = narrow(w1, OPERAND), narrow(w2, OPERAND)
-    total = 0.0
     for tile in range(first_tile, last_tile):
         if tile % TILES_PER_CHUNK == 0:
             a1, a2 = narrow(w1, OPERAND), narrow(w2, OPERAND)
@@ -240,7 +238,7 @@ def state_forward_resident(
         xb = narrow(x, OPERAND)
         values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
         error, d2 = inner_gradient(dot(xb, a2, once), keys.to(tl.float32), values, g, b, eps, D, HEAD_DIM, NORM)
-        total += tl.sum(tl.where(valid, error * error, 0.0))
+        tl.store(surprise + n.to(tl.int64) * all_tiles + tile, 0.5 * tl.sum(tl.where(valid, error * error, 0.0)))
         d2b = narrow(d2, OPERAND)
         tl.store(slope + at, d2b, mask=valid)
         d1 = dot(d2b, tl.trans(a2), once) * bend
@@ -263,7 +261,89 @@ def state_forward_resident(
             D, SLICE, SLICES, CHECKPOINT_EVERY, SAVE, OPERAND,
         )  # fmt: skip
     store_state(run, w1, w2, s1, s2, D, SLICE, tl.float32)
-    tl.store(surprise + n, tl.load(surprise + n) + 0.5 * total)
+
+
+@triton.jit(do_not_specialize=LOOPS)
+def delta_forward(
+    k, v, rows, base, gain, bias, running, states, slope, surprise,
+    T, H, eps, first_tile, tiles, begin_tile, all_tiles, slices, once,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr,
+    NORM: tl.constexpr, BASE: tl.constexpr, GELU: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """What each tile of a chunk adds to the state, all tiles at once, for they share the chunk's anchor (`running`): into
+    `states`, in place of the state before the tile, X' (p * D) for W1, W2 and X' (r * D) for S1, S2. Grid (tiles of the chunk,
+    n); begin_tile is the chunk's first."""
+    n = tl.program_id(1)
+    tile = begin_tile + tl.program_id(0)
+    h = n % H
+    SIZE: tl.constexpr = D * SLICE
+    o1, o2 = first_layer(D, SLICE), second_layer(D, SLICE)
+    d = tl.arange(0, D)
+    g, b = 0.0, 0.0
+    if NORM:
+        g, b = tl.load(gain + h * D + d)[None, :], tl.load(bias + h * D + d)[None, :]
+    at, valid = token_offsets(n, tile, T, H, D, HEAD_DIM, TILE)
+    keys = narrow(tl.load(k + at, mask=valid, other=0.0), OPERAND)
+    y = tl.zeros([TILE, D], tl.float32)
+    for j in range(slices):
+        a1, a2 = load_anchor(running, base, n, h, 0, j, 1, D, SLICE, SLICES, BASE, OPERAND)
+        y += dot(narrow(activate(dot(keys, a1, once), GELU), OPERAND), a2, once)
+    values = tl.load(v + at, mask=valid, other=0.0).to(tl.float32)
+    error, d2 = inner_gradient(y, keys.to(tl.float32), values, g, b, eps, D, HEAD_DIM, NORM)
+    tl.store(surprise + n.to(tl.int64) * all_tiles + tile, 0.5 * tl.sum(tl.where(valid, error * error, 0.0)))
+    d2b = narrow(d2, OPERAND)
+    tl.store(slope + at, d2b, mask=valid)
+    row = rows + (n.to(tl.int64) * all_tiles + tile) * (8 * TILE) + tl.arange(0, TILE)
+    p1, r1 = tl.load(row + 2 * TILE)[:, None], tl.load(row + 3 * TILE)[:, None]
+    p2, r2 = tl.load(row + 6 * TILE)[:, None], tl.load(row + 7 * TILE)[:, None]
+    keys_t = tl.trans(keys)
+    for j in range(slices):
+        a1, a2 = load_anchor(running, base, n, h, 0, j, 1, D, SLICE, SLICES, BASE, OPERAND)
+        x, bend = activate_with_slope(dot(keys, a1, once), GELU)
+        d1 = dot(d2b, tl.trans(a2), once) * bend
+        x_t = tl.trans(narrow(x, OPERAND))
+        to = states + at_slice(n, tile - first_tile, j, tiles, SLICES, 4, SIZE)
+        tl.store(to + o1, narrow(dot(keys_t, narrow(p1 * d1, OPERAND), once), OPERAND))
+        tl.store(to + SIZE + o2, narrow(dot(x_t, narrow(p2 * d2, OPERAND), once), OPERAND))
+        tl.store(to + 2 * SIZE + o1, narrow(dot(keys_t, narrow(r1 * d1, OPERAND), once), OPERAND))
+        tl.store(to + 3 * SIZE + o2, narrow(dot(x_t, narrow(r2 * d2, OPERAND), once), OPERAND))
+
+
+@triton.jit
+def chunk_forward(
+    ends, starts, running, states, checkpoints, anchor,
+    H, first_tile, tiles, begin_tile, rounds, all_tiles, chunks, anchor_tile,
+    SIZE: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr, TILES_PER_CHUNK: tl.constexpr,
+    CHECKPOINT_EVERY: tl.constexpr, STARTS: tl.constexpr, SAVE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """The scan over a chunk's tiles: `running` takes in what `delta_forward` left in `states`, and the state before each tile
+    takes its place. Grid (n, SLICES * SIZE / BLOCK, 2), element by element."""
+    n, layer = tl.program_id(0), tl.program_id(2)
+    blocks: tl.constexpr = SIZE // BLOCK
+    j = tl.program_id(1) // blocks
+    e = layer * SIZE + (tl.program_id(1) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    run = running + at_slice(n, 0, j, 1, SLICES, 4, SIZE) + e
+    w, s = tl.load(run), tl.load(run + 2 * SIZE)
+    for tile in range(begin_tile, begin_tile + rounds):
+        at = states + at_slice(n, tile - first_tile, j, tiles, SLICES, 4, SIZE) + e
+        by_w, by_s = tl.load(at).to(tl.float32), tl.load(at + 2 * SIZE).to(tl.float32)
+        tl.store(at, narrow(w, OPERAND))
+        tl.store(at + 2 * SIZE, narrow(s, OPERAND))
+        end = ends + ((n.to(tl.int64) * all_tiles + tile) * 2 + layer) * 4
+        keep = kept_share(starts, n, tile + 1, H, all_tiles, chunks, TILES_PER_CHUNK, STARTS)
+        w = keep * (tl.load(end) * w + tl.load(end + 1) * s - by_w)
+        s = keep * (tl.load(end + 2) * s - by_s)
+        if tile + 1 == anchor_tile:
+            tl.store(anchor + at_slice(n, 0, j, 1, SLICES, 2, SIZE) + e, w)
+        if SAVE:
+            if (tile + 1) % CHECKPOINT_EVERY == 0:
+                if tile + 1 < all_tiles:
+                    count = (all_tiles - 1) // CHECKPOINT_EVERY
+                    to = checkpoints + at_slice(n, tile // CHECKPOINT_EVERY, j, count, SLICES, 4, SIZE) + e
+                    tl.store(to, w)
+                    tl.store(to + 2 * SIZE, s)
+    tl.store(run, w)
+    tl.store(run + 2 * SIZE, s)
 
 
 @triton.jit(do_not_specialize=LOOPS)

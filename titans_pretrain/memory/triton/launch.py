@@ -12,13 +12,20 @@ from torch import Tensor
 from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
 from titans_pretrain.memory.state import MemoryOptions
 from titans_pretrain.memory.triton.backward_kernels import (
+    chunk_backward,
     read_backward_1,
     read_backward_2,
     state_backward,
     state_rebuild,
 )
 from titans_pretrain.memory.triton.call import NUM_WARPS, Call
-from titans_pretrain.memory.triton.forward_kernels import output_forward, state_forward, state_forward_resident
+from titans_pretrain.memory.triton.forward_kernels import (
+    chunk_forward,
+    delta_forward,
+    output_forward,
+    state_forward,
+    state_forward_resident,
+)
 from titans_pretrain.memory.triton.gate_kernels import gates_backward
 
 
@@ -35,17 +42,10 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
             if s.open_chunk == 0
             else call.floats(*running.shape[:-2], 2, running.shape[-1])
         )
-        surprise = call.zeros(s.pairs)
+        surprise = call.floats(s.pairs, s.tiles)
         for first, tiles in s.ranges(backward=False):
             states = call.q.new_empty(s.pairs, tiles, *running.shape[2:])
-            walk = state_forward_resident if s.slices == 1 else state_forward
-            walk[(s.pairs,)](
-                call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts,
-                running, states, slope, checkpoints, anchor, surprise,
-                s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks, call.anchor_tile,
-                s.slices, 1,
-                **call.constants["state_forward"], SAVE=save, num_warps=NUM_WARPS,
-            )  # fmt: skip
+            _walk(call, first, tiles, running, states, slope, checkpoints, anchor, surprise, save)
             output_forward[(tiles, s.pairs)](
                 call.q, call.k, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain, call.bias,
                 states, slope, out, s.length, s.heads, call.eps, first, tiles, s.tiles, s.slices, 1,
@@ -63,6 +63,34 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
         else:
             momentum = call.unpack(call.per_head(running[..., 2:, :]))
         return ScanResult(out, weights, momentum, anchors, surprise.sum(), (slope, checkpoints) if save else ())
+
+
+def _walk(
+    call: Call, first: int, tiles: int, running: Tensor, states: Tensor, slope: Tensor, checkpoints: Tensor,
+    anchor: Tensor, surprise: Tensor, save: bool,
+) -> None:  # fmt: skip
+    """The state through a range of tiles, one after the other, or in long chunks all tiles of a chunk at once."""
+    s = call.shapes
+    if not s.parallel:
+        kernel = state_forward_resident if s.slices == 1 else state_forward
+        kernel[(s.pairs,)](
+            call.k, call.v, call.rows, call.ends, call.base, call.gain, call.bias, call.starts,
+            running, states, slope, checkpoints, anchor, surprise,
+            s.length, s.heads, call.eps, first, first + tiles, s.tiles, s.chunks, call.anchor_tile, s.slices, 1,
+            **call.constants["state_forward"], SAVE=save, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        return
+    for begin, count in s.chunks_of(first, tiles):
+        delta_forward[(count, s.pairs)](
+            call.k, call.v, call.rows, call.base, call.gain, call.bias, running, states, slope, surprise,
+            s.length, s.heads, call.eps, first, tiles, begin, s.tiles, s.slices, 1,
+            **call.constants["delta_forward"], num_warps=NUM_WARPS,
+        )  # fmt: skip
+        chunk_forward[(s.pairs, s.slices * s.matrix // s.block, 2)](
+            call.ends, call.starts, running, states, checkpoints, anchor,
+            s.heads, first, tiles, begin, count, s.tiles, s.chunks, call.anchor_tile,
+            **call.constants["chunk_forward"], SAVE=save, num_warps=4,
+        )  # fmt: skip
 
 
 def backward(
@@ -84,7 +112,7 @@ def backward(
             if given and (part == 0 or inputs.log_eta is not None):
                 running[..., part : part + 2, :] = call.pack(*given).flatten(0, 1).unsqueeze(1)
         anchor_grad = call.pack(*grads.anchor).flatten(0, 1).unsqueeze(1).contiguous() if grads.anchor else running
-        chunk_grad = call.zeros(s.pairs, 1, s.slices, 2, size) if s.tiles_per_chunk > 1 else running
+        chunk_grad = call.zeros(s.pairs, s.tiles_per_chunk if s.parallel else 1, s.slices, 2, size)
         base_grad = call.zeros(s.heads, s.slices, 2, size)
         norm_grad = call.zeros(s.pairs, 2, s.width)
 
@@ -104,7 +132,9 @@ def backward(
             norm_rows = call.floats(s.pairs, tiles, 2, s.tile)
             reach_grad = call.q.new_empty(s.pairs, tiles, 2, s.tile, s.tile)
             rows_grad, ends_grad = call.floats(s.pairs, tiles, 2, 4, s.tile), call.floats(s.pairs, tiles, 2, 4)
-            read_norm_grad = call.floats(s.pairs, tiles if call.norm else 0, 2, s.width)
+            read_norm_grad, inner_norm_grad = (
+                call.floats(s.pairs, tiles if call.norm else 0, 2, s.width) for _ in range(2)
+            )
             read_backward_2[(tiles, s.pairs)](
                 call.q, call.k, call.v, call.log_gamma, call.log_eta, call.theta, call.rows, call.base, call.gain,
                 call.bias, states, slope, out_grad, normalized, pull, norm_rows,
@@ -119,20 +149,32 @@ def backward(
                 s.length, s.heads, first, tiles, s.tiles, s.slices, 1,
                 **call.constants["read_backward_1"], num_warps=NUM_WARPS,
             )  # fmt: skip
-            state_backward[(s.pairs,)](
-                call.k, call.rows, call.ends, call.base, call.gain, call.starts, states, slope, anchor_grad,
-                normalized, pull, norm_rows, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part,
-                x.key_grad, x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad,
-                norm_grad, s.length, s.heads, first, first + tiles, s.tiles, s.chunks,
-                call.anchor_tile if grads.anchor else -1, s.slices, 1,
-                **call.constants["state_backward"], num_warps=NUM_WARPS,
-            )  # fmt: skip
+            for begin, count in reversed(s.chunks_of(first, tiles)) if s.parallel else [(first, tiles)]:
+                if s.parallel:
+                    chunk_backward[(s.pairs, s.slices * s.matrix // s.block, 2)](
+                        call.ends, running, update, s.heads, first, tiles, begin + count, count, s.tiles,
+                        **call.constants["chunk_backward"], num_warps=4,
+                    )  # fmt: skip
+                state_backward[(s.pairs, count if s.parallel else 1)](
+                    call.k, call.rows, call.ends, call.base, call.gain, call.starts, states, slope, anchor_grad,
+                    normalized, pull, norm_rows, x.key, x.key_bend, x.key_curve, x.slope1, update, k_part, slope_part,
+                    x.key_grad, x.slope1_grad, k_grad, v_grad, output_slope, running, chunk_grad, rows_grad, ends_grad,
+                    inner_norm_grad, s.length, s.heads, first, tiles, begin + count, count, s.tiles, s.chunks,
+                    call.anchor_tile if grads.anchor else -1, s.slices, 1,
+                    **call.constants["state_backward"], num_warps=NUM_WARPS,
+                )  # fmt: skip
+                if s.parallel:  # the chunk's anchor joins the weights it was taken from, and a document's start erases
+                    running[..., :2, :] += chunk_grad[:, :count].sum(1, keepdim=True)
+                    if grads.anchor and begin == call.anchor_tile:
+                        running[..., :2, :] += anchor_grad
+                    if inputs.document_starts is not None:
+                        running *= call.kept(begin // s.tiles_per_chunk)
             gates_backward[(tiles, s.pairs, 2)](
                 call.log_gamma, call.log_eta, call.theta, reach_grad, rows_grad, ends_grad,
                 log_gamma_grad, log_eta_grad, theta_grad, s.length, s.heads, first, tiles,
                 **call.constants["gates"], num_warps=NUM_WARPS,
             )  # fmt: skip
-            norm_grad += read_norm_grad.sum(1)
+            norm_grad += read_norm_grad.sum(1) + inner_norm_grad.sum(1)
             if call.toward_init:
                 base_grad += _base_gradient(call, slope, first, tiles, x, output_grad, output_slope)
 

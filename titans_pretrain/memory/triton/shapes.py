@@ -16,6 +16,9 @@ MAX_HEAD_DIM = 128
 TILE_CHUNKS = (16, 32, 64)
 MAX_CHUNK = 4096
 
+PARALLEL_CHUNK = 256
+"""From this chunk length on the tiles of a chunk run at once and chunk follows chunk; in shorter ones tile follows tile."""
+
 SCRATCH_BYTES = 1 << 30
 """What the scratch arrays of a range of tiles may take. Larger ranges give more programs at a time and fewer launches; at
 1 GiB a range has over a thousand tiles at every shape we use."""
@@ -51,6 +54,15 @@ class Shapes:
     @property
     def tiles_per_chunk(self) -> int:
         return self.chunk // self.tile
+
+    @property
+    def parallel(self) -> bool:
+        return self.chunk >= PARALLEL_CHUNK
+
+    @property
+    def block(self) -> int:
+        """Elements of a slice that a program of the scans inside a chunk takes."""
+        return min(self.matrix, 1024)
 
     @property
     def tiles(self) -> int:
@@ -95,6 +107,11 @@ class Shapes:
     def open_chunk(self) -> int | None:
         """The first tile of a chunk that is open at the end of the sequence."""
         return None if self.length % self.chunk == 0 else self.length // self.chunk * self.tiles_per_chunk
+
+    def chunks_of(self, first: int, tiles: int) -> list[tuple[int, int]]:
+        """(first tile, tiles) of each chunk of a range."""
+        last, step = first + tiles, self.tiles_per_chunk
+        return [(begin, min(step, last - begin)) for begin in range(first, last, step)]
 
     def ranges(self, backward: bool) -> Iterator[tuple[int, int]]:
         """(first tile, tiles) of runs that begin at a checkpoint and whose scratch arrays fit SCRATCH_BYTES, in order."""
