@@ -233,6 +233,28 @@ def test_a_compiled_scan_is_one_graph_with_the_same_gradients() -> None:
     assert all(error(a, b) < 1e-14 for a, b in zip(*found, strict=True))
 
 
+def test_a_compiled_scan_by_the_kernels_is_one_graph_too() -> None:
+    """Down to the choice of the path, which asks the kernels what they take."""
+    torch._dynamo.reset()
+    problem = make_problem(20, 2, width=16, hidden=16).to(torch.float32).require_grad()
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        out, state = memory_scan(*arguments, None, MemoryOptions(16), path="triton")
+        return out, *state_tensors(state)
+
+    found = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        results = function(*problem)
+        found.append([*results, *torch.autograd.grad(sum(x.square().sum() for x in results), problem.tensors())])  # type: ignore[arg-type]
+    assert all(error(a, b) < 1e-6 for a, b in zip(*found, strict=True))
+    inputs = scan_inputs(problem, 0)
+    inputs = inputs._replace(
+        **{name: tuple(x.float() for x in getattr(inputs, name)) for name in ("weights", "momentum")}
+    )
+    arguments = [*flat_arguments(inputs, 0, MemoryOptions(16))[:-1], "triton", False, True]
+    torch.library.opcheck(SCAN, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_step_through_the_compilers_own_code() -> None:
     """Inductor's C++ around the operator, with as few kernels as there can be: each is seconds of g++."""
     torch._dynamo.reset()

@@ -185,7 +185,8 @@ def test_an_unknown_path_is_refused_with_the_choices() -> None:
         memory_scan(*make_problem(3, 1), path="magic")
 
 
-def test_a_path_that_cannot_run_says_why_and_what_can() -> None:
+def test_a_path_that_cannot_run_says_why_and_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UserError, match=r"'triton' (runs on a CUDA device|needs the package triton).*choose auto"):
         memory_scan(*make_problem(3, 2), path="triton")
 
