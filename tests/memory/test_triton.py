@@ -99,7 +99,7 @@ def assert_equal_to_closed_form(
         (130, 64, {}),
         (150, 128, {}),
         (520, 256, {}),
-        (512, 256, dict(norm=False, hidden=128)),
+        (320, 256, dict(hidden=128)),
         (7, 16, dict(momentum=False)),
         (20, 16, dict(forgetting=False)),
         (20, 16, dict(forgetting=False, momentum=False, norm=False)),
