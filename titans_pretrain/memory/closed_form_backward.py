@@ -61,7 +61,8 @@ def backward(
     assert v is not None
     assert theta is not None
     found = ScanGradients(q, k, v, log_gamma, log_eta, theta, (), None, None, (), (), ())
-    rooms = [_room(inputs) for _ in range(min(PART, max(len(segment) for segment in segments)))]
+    longest = min(PART, max(len(segment) for segment in segments))
+    rooms = [Carried(_room(inputs), _room(inputs), _room(inputs)) for _ in range(longest)]
     for index in range(len(segments) - 1, -1, -1):
         before = _segment_start(index, segments, saved, inputs, rule)
         _segment_backward(segments[index], before, inputs, grads.out, rule, rooms, carried, found)
@@ -85,19 +86,17 @@ def backward(
     )
 
 
-def _room(inputs: ScanInputs) -> Carried:
+def _room(inputs: ScanInputs) -> list[Tensor]:
+    """A tensor [n, in, out] for each layer."""
     batch, dtype = inputs.q.shape[0], inputs.theta.dtype
-    fields = (
-        [w.new_empty((batch * w.shape[0], *w.shape[1:]), dtype=dtype) for w in inputs.initial_weights] for _ in range(3)
-    )
-    return Carried(*fields)
+    return [w.new_empty((batch * w.shape[0], *w.shape[1:]), dtype=dtype) for w in inputs.initial_weights]
 
 
 def _last_gradients(inputs: ScanInputs, rule: Rule, grads: ResultGradients) -> CarriedGradients:
     """The gradients with respect to the state after the last token."""
 
     def given(xs: tuple[Tensor, ...]) -> list[Tensor]:
-        result = [total.zero_() for total in _room(inputs).weights]
+        result = [total.zero_() for total in _room(inputs)]
         for total, x in zip(result, xs, strict=False):
             total += x.flatten(0, 1)
         return result
@@ -110,7 +109,7 @@ def _last_gradients(inputs: ScanInputs, rule: Rule, grads: ResultGradients) -> C
         None if rule.home is None else given(grads.weights),
         None if rule.fresh is None else given(()),
         norm,
-        _room(inputs).weights,
+        _room(inputs),
     )
 
 
