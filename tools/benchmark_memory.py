@@ -273,7 +273,8 @@ def print_growth(measured: list[dict[str, Any]]) -> None:
     for before, after in itertools.pairwise(measured):
         if after["tokens"] != 2 * before["tokens"] or after["operator"] != "memory" or "words" in before | after:
             continue
-        time, peak = (after[key] / before[key] for key in ("total_ms", "peak_gib"))
+        # A peak of zero is one too small for the system's count of resident pages.
+        time, peak = (after[key] / before[key] if before[key] else float("nan") for key in ("total_ms", "peak_gib"))
         print(f"{after['setting']}: twice the tokens take {time:.2f} times the time and {peak:.2f} times the memory")
 
 
