@@ -43,7 +43,7 @@ def scan(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions, wan
     elif torch.compiler.is_compiling():
         save = False
     else:
-        # A token of decoding is a few dozen small operations; the dispatcher would add a tenth to them.
+        # Decoding, a token at a time: nothing here needs the dispatcher.
         with _without_autocast(inputs.q):
             return PATHS[path].forward(inputs, offset, options, want_surprise, False)
     arguments = (*(list(x) if isinstance(x, tuple) else x for x in inputs), offset, *_settings(options), path)

@@ -15,13 +15,16 @@ from titans_pretrain.memory.reference import scan_reference
 from titans_pretrain.memory.state import MemoryOptions, MemoryState, initial_state
 
 PATHS = (*operator.PATHS, "reference")
+SHORTEST = 16
+"""Fewest tokens for which "auto" takes triton: its smallest tile."""
 DEFAULT_OPTIONS = MemoryOptions()
 
 
 def choose_path(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions) -> str:
     """The implementation that "auto" stands for, or `path` itself where it can run.
 
-    "auto" is triton for half-precision q, k, v on CUDA where the kernels take the shapes and options, else closed_form.
+    "auto" is triton for half-precision q, k, v on CUDA where the kernels take the shapes and options and there are at least
+    SHORTEST tokens (decoding is not worth ten launches), else closed_form.
     Triton is asked about offset 0 always: `_scan_from_mid_chunk` brings it to the start of a chunk.
 
     Raises:
@@ -29,7 +32,8 @@ def choose_path(path: str, inputs: ScanInputs, offset: int, options: MemoryOptio
     """
     if path == "auto":
         half = inputs.q.device.type == "cuda" and inputs.q.dtype in (torch.bfloat16, torch.float16)
-        return "triton" if half and operator.PATHS["triton"].why_not(inputs, 0, options) is None else "closed_form"
+        fit = half and inputs.q.shape[1] >= SHORTEST and operator.PATHS["triton"].why_not(inputs, 0, options) is None
+        return "triton" if fit else "closed_form"
     if path not in PATHS:
         raise UserError(f"memory path {path!r} does not exist; choose one of auto, {', '.join(PATHS)}")
     if path == "reference":
