@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.memory.problem import Problem, error, make_problem, make_state, state_tensors
 from titans_pretrain.errors import UserError
-from titans_pretrain.memory import MemoryOptions, MemoryState, initial_state, memory_scan
+from titans_pretrain.memory import MemoryOptions, MemoryState, expected_path, initial_state, memory_scan
 from titans_pretrain.memory.triton import shapes as triton_shapes
 from tools.compile_kernels import record
 
@@ -201,6 +201,15 @@ def test_bfloat16_stays_near_single_precision(length: int, chunk: int, hidden: i
 def test_says_why_it_cannot(changes: dict, options: MemoryOptions, words: str) -> None:
     with pytest.raises(UserError, match=words):
         memory_scan(*calm_problem(20, **changes), options=options, path="triton")
+
+
+def test_a_run_is_told_which_path_it_will_take() -> None:
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    assert expected_path(cuda, bf16, 2, 64, 256, MemoryOptions(64)) == "triton"
+    assert expected_path(cuda, bf16, 2, 48, 192, MemoryOptions(64)) == "triton"
+    assert "closed_form, many times slower" in expected_path(cuda, bf16, 2, 256, 1024, MemoryOptions(64))
+    assert "takes head_dim up to 128, not 256" in expected_path(cuda, bf16, 2, 256, 1024, MemoryOptions(64))
+    assert expected_path(torch.device("cpu"), torch.float32, 2, 64, 256, MemoryOptions(64)) == "closed_form"
 
 
 def test_says_why_it_cannot_with_other_arguments() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.errors import UserError
-from titans_pretrain.memory import operator
+from titans_pretrain.memory import operator, triton
 from titans_pretrain.memory.path import ScanInputs, ScanResult
 from titans_pretrain.memory.reference import scan_reference
 from titans_pretrain.memory.state import MemoryOptions, MemoryState, initial_state
@@ -42,6 +42,17 @@ def choose_path(path: str, inputs: ScanInputs, offset: int, options: MemoryOptio
     if reason is not None:
         raise UserError(f"memory path {path!r} {reason}; choose auto, which takes closed_form where triton cannot run")
     return path
+
+
+def expected_path(
+    device: torch.device, dtype: torch.dtype, depth: int, head_dim: int, hidden: int, options: MemoryOptions
+) -> str:
+    """What "auto" will choose for a model of these shapes in training, in words: with the reason where a GPU is there and
+    its kernels cannot be used."""
+    reason = triton.why_not_model(device, dtype, depth, head_dim, hidden, options)
+    if device.type != "cuda":
+        return "closed_form"
+    return "triton" if reason is None else f"closed_form, many times slower, because triton {reason}"
 
 
 @overload

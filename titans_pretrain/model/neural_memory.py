@@ -12,9 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
-from titans_pretrain.memory import MemoryOptions, MemoryState, begin_chunk, initial_state, memory_read
+from titans_pretrain.memory import (
+    MemoryOptions,
+    MemoryState,
+    begin_chunk,
+    expected_path,
+    initial_state,
+    memory_read,
+)
 from titans_pretrain.model.layers import CausalConv, RMSNorm
 from titans_pretrain.model.sequence import LocalSequence
+
+
+def memory_options(config: ModelConfig) -> MemoryOptions:
+    """The update rule's settings of a model."""
+    return MemoryOptions(
+        chunk_size=config.memory_chunk,
+        activation=config.memory_activation,
+        forget_toward=config.memory_forget_toward,
+    )
+
+
+def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """By which implementation the memory of a model trains on `device` with activations in `dtype`, in words."""
+    depth, head_dim, hidden = config.memory_depth, config.memory_head_dim, config.memory_shapes[0][1]
+    return expected_path(device, dtype, depth, head_dim, hidden, memory_options(config))
 
 
 class MemoryLayerState(NamedTuple):
@@ -57,11 +79,7 @@ class NeuralMemory(nn.Module):
 
         self.config = config
         self.head_dim = head_dim
-        self.options = MemoryOptions(
-            chunk_size=config.memory_chunk,
-            activation=config.memory_activation,
-            forget_toward=config.memory_forget_toward,
-        )
+        self.options = memory_options(config)
         self.sequence = sequence
         self.collect_signals = False
         self.signals: dict[str, Tensor] = {}

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 import titans_pretrain
 from titans_pretrain.config import Config, check_world, config_to_yaml
 from titans_pretrain.data.shards import ShardSet
@@ -15,6 +17,7 @@ from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
+from titans_pretrain.model.neural_memory import describe_path
 from titans_pretrain.parallel.grid import AgreedError, Grid
 from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
@@ -76,6 +79,9 @@ def train(config: Config, grid: Grid) -> Progress:
         f"micro-batches x {rows} sequences x {config.data.seq_len}; ZeRO stage {config.engine.zero_stage}, "
         f"{config.engine.precision}; {shards.num_tokens('train'):,} training tokens in the data"
     )
+    if config.model.has_memory:
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        report.say(f"memory operator: {describe_path(config.model, grid.device, dtype)}")
 
     # Resume
     progress = Progress()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs, ScanResult
 from titans_pretrain.memory.state import MemoryOptions
-from titans_pretrain.memory.triton.shapes import MAX_CHUNK, MAX_HEAD_DIM, TILE, TILE_CHUNKS, Shapes
+from titans_pretrain.memory.triton.shapes import MAX_CHUNK, MAX_HEAD_DIM, TILE, TILE_CHUNKS, Shapes, slice_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,34 +20,42 @@ OPERAND_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def why_not(inputs: ScanInputs, offset: int, options: MemoryOptions) -> str | None:
-    """As `ScanPath.why_not`. Under Triton's interpreter the CPU and fp32 operands are welcome too."""
-    q, depth = inputs.q, len(inputs.initial_weights)
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
-    if q.device.type != "cuda" and not interpreted:
-        return f"runs on a CUDA device, not on {q.device.type}"
-    if q.dtype != torch.bfloat16 and not (interpreted and q.dtype in OPERAND_DTYPES):
-        return f"multiplies in bfloat16, but q is {_name(q.dtype)}"
+    """As `ScanPath.why_not`."""
+    width, hidden = inputs.initial_weights[0].shape[-2:]
+    reason = why_not_model(inputs.q.device, inputs.q.dtype, len(inputs.initial_weights), width, hidden, options)
+    if reason is not None:
+        return reason
     if inputs.theta.dtype != torch.float32:
         return f"keeps its state in float32, but is asked for {_name(inputs.theta.dtype)}"
-    if depth != 2:
-        return f"takes memories of 2 layers, not {depth}"
-    width, hidden = inputs.initial_weights[0].shape[-2:]
-    if width > MAX_HEAD_DIM:
-        return f"takes head_dim up to {MAX_HEAD_DIM}, not {width}"
-    shapes = Shapes.of(inputs, options)
-    if hidden % shapes.slice or shapes.slice not in (16, 32, 64):
-        return (
-            f"takes a hidden layer of 16, 32 or a multiple of {64 if shapes.width <= 64 else 32} channels, not {hidden}"
-        )
-    chunk = options.chunk_size
-    if chunk not in TILE_CHUNKS and (chunk % TILE or chunk > MAX_CHUNK):
-        return f"takes chunks of {', '.join(map(str, TILE_CHUNKS))} or a multiple of {TILE} to {MAX_CHUNK}, not {chunk}"
     if offset:
         return f"starts at the start of a chunk, not {offset} tokens into one"
     if inputs.document_starts is not None and inputs.log_gamma is not None and options.forget_toward == "zero":
         return "resets the memory at document starts only with forget_toward 'init'"
+    return None
+
+
+def why_not_model(
+    device: torch.device, dtype: torch.dtype, depth: int, head_dim: int, hidden: int, options: MemoryOptions
+) -> str | None:
+    """Why the kernels cannot serve a model of these shapes, q, k, v in `dtype`. Under Triton's interpreter the CPU and fp32
+    operands are welcome too."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if device.type != "cuda" and not interpreted:
+        return f"runs on a CUDA device, not on {device.type}"
+    if dtype != torch.bfloat16 and not (interpreted and dtype in OPERAND_DTYPES):
+        return f"multiplies in bfloat16, but q is {_name(dtype)}"
+    if depth != 2:
+        return f"takes memories of 2 layers, not {depth}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"takes head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
+    step = slice_of(head_dim, hidden)
+    if hidden % step or step not in (16, 32, 64):
+        return f"takes a hidden layer of 16, 32 or a multiple of {slice_of(head_dim, 64)} channels, not {hidden}"
+    chunk = options.chunk_size
+    if chunk not in TILE_CHUNKS and (chunk % TILE or chunk > MAX_CHUNK):
+        return f"takes chunks of {', '.join(map(str, TILE_CHUNKS))} or a multiple of {TILE} to {MAX_CHUNK}, not {chunk}"
     return None
 
 

@@ -24,6 +24,16 @@ SCRATCH_BYTES = 1 << 30
 1 GiB a range has over a thousand tiles at every shape we use."""
 
 
+def padded(head_dim: int) -> int:
+    """head_dim as a power of two."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def slice_of(head_dim: int, hidden: int) -> int:
+    """Hidden channels worked on at a time: a [padded head_dim, slice] matrix in fp32 is at most 16 KiB."""
+    return min(hidden, 64 if padded(head_dim) <= 64 else 32)
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Everything the launches need to know beside the tensors."""
@@ -75,13 +85,13 @@ class Shapes:
 
     @property
     def width(self) -> int:
-        """D in the kernels: head_dim padded to a power of two."""
-        return max(16, 1 << (self.head_dim - 1).bit_length())
+        """D in the kernels."""
+        return padded(self.head_dim)
 
     @property
     def slice(self) -> int:
-        """Hidden channels worked on at a time: a [width, slice] matrix in fp32 is at most 16 KiB."""
-        return min(self.hidden, 64 if self.width <= 64 else 32)
+        """Hidden channels worked on at a time."""
+        return slice_of(self.head_dim, self.hidden)
 
     @property
     def matrix(self) -> int:
