@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from titans_pretrain.config import (
     Config,
-    check_world,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
@@ -204,17 +203,6 @@ def test_values_next_to_a_contradiction_pass() -> None:
     load_config(None, ["model.variant=lmm", "model.dim=48", "model.num_heads=16"])  # no rotary positions
     load_config(None, ["model.retrieve_every=8", "model.segment_len=8"])
     load_config(None, ["model.memory_depth=4"])
-
-
-def test_world_size_must_share_the_batch() -> None:
-    config = load_config(None, ["data.seq_len=512", "data.batch_tokens=4096", "data.micro_batch=2"])
-    check_world(config, 4)
-    with pytest.raises(UserError, match=r"8 sequences .*4096.*512.* 3 data-parallel ranks.* multiple of 1536"):
-        check_world(config, 3)
-    with pytest.raises(UserError, match=r"8 ranks takes 1 sequences.*data\.micro_batch \(2\)"):
-        check_world(config, 8)
-    with pytest.raises(UserError, match=r"parallel\.data is 2 but 4 processes"):
-        check_world(load_config(None, ["parallel.data=2"]), 4)
 
 
 # ------------------------------------------------------------------------------------------------------------ derivations

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["titans_pretrain.errors"],
     ["titans_pretrain.config"],
+    ["titans_pretrain.layout"],
     ["titans_pretrain.memory"],
     ["titans_pretrain.model", "titans_pretrain.parallel", "titans_pretrain.data"],
     ["titans_pretrain.train", "titans_pretrain.inference", "titans_pretrain.scaling"],

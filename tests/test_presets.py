@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from titans_pretrain.config import VARIANTS, Config, check_world, load_config
+from titans_pretrain.config import VARIANTS, Config, load_config
+from titans_pretrain.layout import choose_layout
 from titans_pretrain.model.cost import parameter_counts
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -43,7 +44,7 @@ def test_every_promised_file_is_there() -> None:
 def test_config_loads_and_fits_one_to_eight_gpus(name: str) -> None:
     config = load(name)
     for world_size in (1, 2) if name == "demo.yaml" else (1, 2, 4, 8, 16, 32, 64, 128):
-        check_world(config, world_size)
+        choose_layout(config, world_size)
     assert config.data.path
     assert config.run.name == name.removesuffix(".yaml")
 

@@ -150,6 +150,10 @@ class ModelConfig:
     def has_memory(self) -> bool:
         return self.variant in TITANS_VARIANTS
 
+    @property
+    def has_attention(self) -> bool:
+        return self.variant != "lmm"
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -208,7 +212,23 @@ class ParallelConfig:
     """How ranks divide the work."""
 
     data: int = 0
-    """Data-parallel ranks. 0: all of them; any other value must equal the number of processes."""
+    """Ranks that read different rows of the batch. 0: all that sequence and tensor leave; any other value must agree with
+    the number of processes."""
+    sequence: int = 1
+    """Ranks that share a row, each with its slice of the tokens: for sequences too long for one GPU. Must divide
+    data.seq_len. Default 1: data parallelism communicates less while a row fits."""
+    tensor: int = 1
+    """Neighbouring ranks that share every token, each with its slice of the heads, the feed-forward and the vocabulary: for
+    models too large for one GPU. They talk in every layer, so keep them within a node. Default 1: ZeRO shards the optimizer
+    with less communication."""
+    memory: str = one_of("auto", "auto", "head_exchange", "hand_off", "chunk_scan")
+    """How the memory's scan is shared where `sequence` is above 1. head_exchange: each rank scans all tokens for its share
+    of the heads. hand_off: each rank scans its own tokens and passes the state on; ranks work on different layers at one
+    time. chunk_scan: ranks share one long chunk (model.memory_chunk a multiple of a rank's tokens) and merge their updates.
+    Default auto: hand_off for mac, else head_exchange."""
+    check_interval: int = 500
+    """Steps between checks that parameters which must be equal on several ranks are, bit for bit; a difference stops the
+    run. 0: never. Default 500: once in hundreds of steps costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -488,13 +508,13 @@ def _check_ranges(config: Config) -> None:
     positive = (
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
-        "data.batch_tokens data.prefetch optimizer.learning_rate optimizer.eps schedule.tokens engine.loss_chunk "
-        "log.interval eval.tokens"
+        "data.batch_tokens data.prefetch parallel.sequence parallel.tensor optimizer.learning_rate optimizer.eps "
+        "schedule.tokens engine.loss_chunk log.interval eval.tokens"
     )
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
-        "data.micro_batch optimizer.weight_decay optimizer.clip parallel.data checkpoint.interval checkpoint.keep_last "
-        "log.peak_tflops eval.interval run.stop_after run.seed"
+        "data.micro_batch optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval checkpoint.interval "
+        "checkpoint.keep_last log.peak_tflops eval.interval run.stop_after run.seed"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
 
@@ -576,32 +596,6 @@ def _check_compile(config: Config) -> None:
         raise UserError(
             "model.compile=true does not go with engine.zero_stage=3, which gathers parameters between the layers of a "
             "block and would cut what is compiled to pieces; use engine.zero_stage=2 or model.compile=false"
-        )
-
-
-def check_world(config: Config, world_size: int) -> None:
-    """Refuse a batch or layout that `world_size` processes cannot share.
-
-    Raises:
-        UserError: naming the keys and a legal choice.
-    """
-    wanted = config.parallel.data
-    if wanted and wanted != world_size:
-        raise UserError(
-            f"parallel.data is {wanted} but {world_size} processes were started; start {wanted} or set parallel.data=0"
-        )
-    if config.batch_size % world_size:
-        raise UserError(
-            f"the batch of {config.batch_size} sequences (data.batch_tokens {config.data.batch_tokens} / data.seq_len "
-            f"{config.data.seq_len}) does not divide over {world_size} data-parallel ranks; "
-            f"make data.batch_tokens a multiple of {world_size * config.data.seq_len}"
-        )
-    local = config.batch_size // world_size
-    micro = config.data.micro_batch
-    if micro and local % micro:
-        raise UserError(
-            f"each of {world_size} ranks takes {local} sequences a step, "
-            f"which is not a multiple of data.micro_batch ({micro})"
         )
 
 

@@ -12,13 +12,14 @@ from tests.distributed import run_distributed
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, tiny_config, tiny_tree
 from titans_pretrain.errors import UserError
-from titans_pretrain.parallel.grid import Grid
+from titans_pretrain.parallel.grid import Axis, Grid
 from titans_pretrain.train.engine import deepspeed_settings
 
 
 def settings(world_size: int = 2, **overrides: Any) -> dict[str, Any]:
     config = tiny_config(Path("data"), Path("runs"), **overrides)
-    return deepspeed_settings(config, Grid(0, world_size, torch.device("cpu")))
+    ranks = Axis(0, tuple(range(world_size)))
+    return deepspeed_settings(config, Grid(0, world_size, torch.device("cpu"), data=ranks, replica=ranks))
 
 
 def test_batch_is_split_into_micro_batches() -> None:

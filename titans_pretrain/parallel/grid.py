@@ -1,4 +1,4 @@
-"""Which rank does what: today one axis, data, which holds every rank.
+"""Which rank does what: three axes, data x sequence x tensor, tensor ranks next to each other.
 
 The grid also carries what ranks tell each other outside the model: small sums, and errors. An error that only one rank
 sees must end all of them, or the others wait for ever in their next collective.
@@ -7,6 +7,7 @@ sees must end all of them, or the others wait for ever in their next collective.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,27 +16,75 @@ import torch
 import torch.distributed as dist
 
 from titans_pretrain.errors import UserError
+from titans_pretrain.layout import Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks along one axis of the grid that this rank meets there: their other coordinates are its own."""
+
+    rank: int = 0
+    """This rank's place on the axis, 0 <= rank < size."""
+    ranks: tuple[int, ...] = (0,)
+    """Their global ranks, by place on the axis."""
+    group: dist.ProcessGroup | None = None
+    """For collectives among them; None only where the axis has one rank."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's place. Every method is collective: all ranks call it, in the same order."""
+    """This rank's place. Every method is collective: all ranks call it, in the same order.
+
+    As built by `train.environment.join`, before the config is known, all ranks are on the data axis; `lay_out` gives the
+    grid of a layout.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     started_by: str = ""
     """For the log: what started the ranks and where they meet."""
+    data: Axis = Axis()
+    """Ranks with the same slice of tokens and of parameters, and other rows."""
+    sequence: Axis = Axis()
+    """Ranks with the same rows and the same slice of parameters, and other tokens."""
+    tensor: Axis = Axis()
+    """Ranks with the same rows and tokens, and other slices of the parameters."""
+    replica: Axis = Axis()
+    """Data x sequence: all ranks with the same slice of the parameters. What DeepSpeed calls data parallel."""
 
-    @property
-    def data_rank(self) -> int:
-        """This rank's place on the data axis, 0 <= data_rank < data_size."""
-        return self.rank
+    def lay_out(self, layout: Layout) -> Grid:
+        """The same ranks on the axes of `layout`, whose world size is this grid's."""
+        assert layout.world_size == self.world_size
+        tensor, sequence, data = range(layout.tensor), range(layout.sequence), range(layout.data)
 
-    @property
-    def data_size(self) -> int:
-        """Ranks that read different rows of the batch."""
-        return self.world_size
+        def rank_of(d: int, s: int, t: int) -> int:
+            return (d * layout.sequence + s) * layout.tensor + t
+
+        return dataclasses.replace(
+            self,
+            data=self._axis([[rank_of(d, s, t) for d in data] for s in sequence for t in tensor]),
+            sequence=self._axis([[rank_of(d, s, t) for s in sequence] for d in data for t in tensor]),
+            tensor=self._axis([[rank_of(d, s, t) for t in tensor] for d in data for s in sequence]),
+            replica=self._axis([[rank_of(d, s, t) for d in data for s in sequence] for t in tensor]),
+        )
+
+    def _axis(self, lines: Sequence[Sequence[int]]) -> Axis:
+        """The line that holds this rank, of `lines` that together hold every rank once."""
+        mine = Axis()
+        for ranks in lines:
+            group = None
+            if len(ranks) == self.world_size and self.world_size > 1:
+                group = dist.group.WORLD
+            elif len(ranks) > 1:
+                group = dist.new_group(list(ranks))  # every rank makes every group, or the store's counters part
+            if self.rank in ranks:
+                mine = Axis(ranks.index(self.rank), tuple(ranks), group)
+        return mine
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +97,11 @@ class Grid:
         rows = [torch.empty_like(local) for _ in range(self.world_size)]
         dist.all_gather(rows, local)
         return torch.stack(rows).cpu()
+
+    def sum_over_tokens(self, values: Sequence[float]) -> torch.Tensor:
+        """The sum of `values` over ranks that hold different tokens: of tensor ranks, which hold the same, one counts.
+        -> float64 [len(values)] on the CPU."""
+        return self.gather_numbers(values)[:: self.tensor.size].sum(0)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, by rank."""

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from titans_pretrain.config import check_world, load_config, reference_text
+from titans_pretrain.config import load_config, reference_text
 from titans_pretrain.errors import UserError, exit_on_user_error
+from titans_pretrain.layout import choose_layout
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = True  # whether every rank meets the error, so that one can say it for all
     try:
         config = load_config(path, overrides)
-        check_world(config, environment.world_size)
+        choose_layout(config, environment.world_size)
         shared = False
         grid = join(environment, config.run.device)
         # After the device is chosen: DeepSpeed settles on its accelerator when it is imported.

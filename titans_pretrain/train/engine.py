@@ -150,7 +150,7 @@ class Engine:
         """Accumulate the gradient of `scale` times the sum of token losses.
 
         DeepSpeed averages gradients over data ranks, so for the mean over all tokens of a step `scale` is
-        data_size / (valid tokens of the step over all ranks and micro-batches).
+        replica.size / (valid tokens of the step over all ranks and micro-batches).
 
         Args:
             tokens, labels: int64 [rows, seq_len], on any device.
@@ -265,11 +265,13 @@ def deepspeed_settings(config: Config, grid: Grid) -> dict[str, Any]:
     Raises:
         UserError: a raw key that this stack sets, that it decides elsewhere, or that DeepSpeed does not know.
     """
-    rows = micro_batch_rows(config, grid.data_size)
+    rows = micro_batch_rows(config, grid.data.size)
+    accumulation = config.batch_size // grid.data.size // rows
     settings: dict[str, Any] = {
-        "train_batch_size": config.batch_size,
+        # DeepSpeed counts every replica as data-parallel: ranks that share a row enter as if each had rows of its own.
+        "train_batch_size": rows * accumulation * grid.replica.size,
         "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": config.batch_size // grid.data_size // rows,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": {"stage": config.engine.zero_stage},
         "bf16": {"enabled": config.engine.precision == "bf16"},

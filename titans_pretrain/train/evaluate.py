@@ -31,7 +31,7 @@ class Evaluation:
     def __init__(self, config: Config, shards: ShardSet, grid: Grid) -> None:
         self.grid = grid
         self.seq_len = config.data.seq_len
-        self.rows = micro_batch_rows(config, grid.data_size)
+        self.rows = micro_batch_rows(config, grid.data.size)
         self.streams: dict[int, tuple[TokenStream, int]] = {}
         for multiple in config.eval.length_multiples:
             length = multiple * self.seq_len
@@ -50,8 +50,8 @@ class Evaluation:
 
     def _mean_loss(self, engine: Engine, multiple: int) -> float:
         stream, count = self.streams[multiple]
-        ranks = self.grid.data_size
-        mine = range(self.grid.data_rank, count, ranks)
+        ranks = self.grid.replica.size
+        mine = range(self.grid.replica.rank, count, ranks)
         # All ranks run equally many equally shaped batches, or ZeRO-3's gathers would not match up.
         most = -(-count // ranks)
         rows = min(self.rows, most)
@@ -68,7 +68,7 @@ class Evaluation:
                     state,
                 )
                 total += loss.double().cpu()
-        summed = self.grid.gather_numbers([float(total), float(len(mine))]).sum(0)
+        summed = self.grid.sum_over_tokens([float(total), float(len(mine))])
         return float(summed[0] / (summed[1] * multiple * self.seq_len))
 
 

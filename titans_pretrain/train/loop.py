@@ -11,10 +11,11 @@ from typing import NoReturn
 import torch
 
 import titans_pretrain
-from titans_pretrain.config import Config, check_world, config_to_yaml
+from titans_pretrain.config import Config, config_to_yaml
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
+from titans_pretrain.layout import choose_layout
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
@@ -38,7 +39,8 @@ def train(config: Config, grid: Grid) -> Progress:
     Raises:
         AgreedError: on all ranks, for whatever the user can mend.
     """
-    check_world(config, grid.world_size)
+    layout = choose_layout(config, grid.world_size)
+    grid = grid.lay_out(layout)
     run_dir = config.run_dir
 
     # Data and run folder
@@ -71,11 +73,11 @@ def train(config: Config, grid: Grid) -> Progress:
     if config.model.compile:
         model.compile_blocks()
     engine = Engine(config, model, grid)
-    rows = micro_batch_rows(config, grid.data_size)
+    rows = micro_batch_rows(config, layout.data)
     millions = parameter_counts(config.model)["total"] / 1e6
     report.say(
         f"{config.model.variant} with {millions:.2f}M parameters; {config.num_steps} steps of "
-        f"{config.data.batch_tokens:,} tokens = {grid.data_size} ranks x {config.batch_size // grid.data_size // rows} "
+        f"{config.data.batch_tokens:,} tokens = {layout.data} data ranks x {config.batch_size // layout.data // rows} "
         f"micro-batches x {rows} sequences x {config.data.seq_len}; ZeRO stage {config.engine.zero_stage}, "
         f"{config.engine.precision}; {shards.num_tokens('train'):,} training tokens in the data"
     )
@@ -99,8 +101,8 @@ def train(config: Config, grid: Grid) -> Progress:
         stream,
         batch_size=config.batch_size,
         micro_batch=rows,
-        data_rank=grid.data_rank,
-        data_size=grid.data_size,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
         start=progress.position,
         prefetch=config.data.prefetch,
     )
@@ -121,7 +123,7 @@ def train(config: Config, grid: Grid) -> Progress:
             if counted[1]:
                 grid.raise_agreed(failure)
             num_valid = float(counted[0])
-            scale = grid.data_size / num_valid
+            scale = grid.replica.size / num_valid
             next_progress = Progress(progress.step + 1, loader.position, progress.tokens + config.data.batch_tokens)
             rate = learning_rate(next_progress.tokens, config.schedule, config.optimizer)
 
