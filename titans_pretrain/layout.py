@@ -150,8 +150,8 @@ def _check_sequence(config: Config, layout: Layout) -> None:
     if strategy == "chunk_scan" and model.memory_chunk % shard:
         raise UserError(
             "parallel.memory=chunk_scan spreads one chunk over several ranks, but model.memory_chunk "
-            f"({model.memory_chunk}) is not a multiple of a shard's {shard} tokens (data.seq_len {config.data.seq_len} / parallel.sequence {size}); use "
-            "parallel.memory=head_exchange or hand_off, or change model.memory_chunk"
+            f"({model.memory_chunk}) is not a multiple of a shard's {shard} tokens (data.seq_len {config.data.seq_len} / "
+            f"parallel.sequence {size}); use parallel.memory=head_exchange or hand_off, or change model.memory_chunk"
         )
 
 
