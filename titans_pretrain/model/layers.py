@@ -6,6 +6,7 @@ hold (`-1`), so a tensor-parallel rank can run them on its share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,15 +95,48 @@ class LanguageModelHead(nn.Module):
         """hidden [b, t, c] -> fp32 logits [b, t, v]; with labels int64 [b, t] -> the fp32 sum of the token losses in nats."""
         if labels is None:
             return F.linear(hidden, self.weight).to(torch.promote_types(hidden.dtype, torch.float32))
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.weight, labels.flatten(), self.loss_chunk)
+        return chunked_loss(hidden, self.weight, labels, self.loss_chunk)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies. Both gradients are formed chunk by chunk in the forward pass, where the logits are at hand:
-    recomputing the logits in the backward pass would cost a third more in this layer."""
+def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """logits [n, v], targets int64 [n] -> losses [n] in nats. With `gradient`, logits become their gradient in place."""
+    log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    losses = (log_normaliser - logits.gather(1, targets[:, None]))[:, 0]
+    if gradient:
+        # softmax - onehot; the one-hot's share is subtracted in place at the target's column
+        grad = logits.sub_(log_normaliser).exp_()
+        grad.scatter_add_(1, targets[:, None], grad.new_full((), -1.0).expand(len(targets), 1))
+    return losses
+
+
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    loss: Callable[[Tensor, Tensor, bool], Tensor] = cross_entropy,
+) -> Tensor:
+    """The sum of `loss` over the logits of `chunk` tokens at a time; labels of IGNORED_LABEL do not count.
+
+    hidden [b, t, c], weight [v, c], labels int64 [b, t] -> fp32 scalar. `loss` is called as `cross_entropy` is, and may
+    overwrite the logits it is given.
+    """
+    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, labels.flatten(), chunk, loss)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Both gradients are formed chunk by chunk in the forward pass, where the logits are at hand: recomputing the logits in
+    the backward pass would cost a third more in this layer."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        loss: Callable[[Tensor, Tensor, bool], Tensor],
+    ) -> Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide)
@@ -112,15 +146,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight).to(wide)
             valid = labels[rows] != IGNORED_LABEL
-            targets = labels[rows].where(valid, 0)[:, None]
-            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            losses = (log_normaliser - logits.gather(1, targets))[:, 0]
+            losses = loss(logits, labels[rows].where(valid, 0), wants_gradient)
             total += losses.where(valid, 0.0).sum()
             if grad_hidden is not None and grad_weight is not None:
-                # softmax - onehot; the one-hot's share is subtracted in place at the target's column
-                grad = logits.sub_(log_normaliser).exp_()
-                grad.scatter_add_(1, targets, grad.new_full((), -1.0).expand_as(targets))
-                grad = grad.masked_fill_(~valid[:, None], 0.0).to(hidden.dtype)
+                grad = logits.masked_fill_(~valid[:, None], 0.0).to(hidden.dtype)
                 grad_hidden[rows] = grad @ weight
                 grad_weight += grad.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -128,7 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None
+        return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None, None
