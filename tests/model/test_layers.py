@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,15 @@ def test_loss_of_no_valid_label_is_zero_with_zero_gradient() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert head.weight.grad.abs().sum() == 0
+
+
+def test_loss_without_gradients_forms_none() -> None:
+    head = LanguageModelHead(6, 97, loss_chunk=16)
+    head.weight.data.copy_(randn(97, 6))
+    hidden, labels = randn(1, 20, 6).float(), torch.zeros(1, 20, dtype=torch.int64)
+    with torch.no_grad(), mock.patch.object(torch.Tensor, "scatter_add_", side_effect=AssertionError("a gradient")):
+        loss = head(hidden, labels)
+    assert torch.equal(loss, head(hidden, labels))
 
 
 def test_rotary_scores_depend_on_distance_only() -> None:

@@ -23,4 +23,5 @@ def tensor_axis(data: int = 1) -> Axis:
 def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference over the largest value of b."""
     assert a.shape == b.shape, (a.shape, b.shape)
+    a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

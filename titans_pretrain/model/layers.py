@@ -121,6 +121,8 @@ def chunked_loss(
     hidden [b, t, c], weight [v, c], labels int64 [b, t] -> fp32 scalar. `loss` is called as `cross_entropy` is, and may
     overwrite the logits it is given.
     """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # a Function is told that a parameter needs a gradient even here, and would form it
     return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, labels.flatten(), chunk, loss)
 
 
