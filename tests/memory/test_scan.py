@@ -170,7 +170,7 @@ def test_surprise_is_the_mean_loss_at_the_anchor(path: str) -> None:
     anchor = initial_state(problem.initial_weights, 2).weights
     told = memory_read(problem.k, anchor, problem.norm_weight, problem.norm_bias, options)
     expected = 0.5 * (told - problem.v).square().sum(-1).mean()
-    assert set(signals) == {"surprise"}
+    assert set(signals) == {"surprise", "state_norm", "momentum_norm"}
     assert signals["surprise"].dtype == torch.float32
     assert not signals["surprise"].requires_grad
     assert signals["surprise"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -178,6 +178,15 @@ def test_surprise_is_the_mean_loss_at_the_anchor(path: str) -> None:
     more, _, later = memory_scan(*problem.tokens(0, 3), state, options, path=path, return_signals=True)
     assert more.shape[1] == 3
     assert later["surprise"] < signals["surprise"]
+
+
+def test_signals_of_the_state_are_its_norms_as_means_over_rows_and_heads() -> None:
+    problem = make_problem(7, 2, batch=2)
+    _, state, signals = memory_scan(*problem, options=MemoryOptions(4), return_signals=True)
+    moved = [(w - w0).flatten(2) for w, w0 in zip(state.weights, problem.initial_weights, strict=True)]
+    for name, tensors in (("state_norm", moved), ("momentum_norm", [s.flatten(2) for s in state.momentum])):
+        assert signals[name].dtype == torch.float32
+        assert signals[name].item() == pytest.approx(torch.cat(tensors, dim=-1).norm(dim=-1).mean().item(), rel=1e-6)
 
 
 def test_an_unknown_path_is_refused_with_the_choices() -> None:

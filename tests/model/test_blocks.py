@@ -17,7 +17,7 @@ def plain_mac(block: MACBlock, x: Tensor) -> Tensor:
     """The MAC mixer by its definition (method.md section 2), one row, attention as explicit sums over visible tokens."""
     memory, attention, length = block.memory, block.attention, block.segment_len
     tokens = block.mixer_norm(x)
-    queries_to_memory, _ = memory.queries(tokens, None)
+    queries_to_memory, _ = memory.queries(tokens, None, memory.sequence)
     state: MemoryLayerState | None = None
     outputs = []
     for start in range(0, x.shape[1], length):

@@ -2,7 +2,7 @@
 
 from titans_pretrain.memory.network import memory_read
 from titans_pretrain.memory.pieces import tile_length
-from titans_pretrain.memory.scan import expected_path, memory_scan
+from titans_pretrain.memory.scan import expected_path, memory_scan, scan_dtype
 from titans_pretrain.memory.state import MemoryOptions, MemoryState, begin_chunk, initial_state
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "initial_state",
     "memory_read",
     "memory_scan",
+    "scan_dtype",
     "tile_length",
 ]

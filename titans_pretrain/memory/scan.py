@@ -130,7 +130,9 @@ def memory_scan(
         document_starts: bool [b, chunks], for each chunk that begins inside the call: before its first token W =
             initial_weights and S = 0 in that row; None: nowhere.
         path: "auto", or to force one: "triton" (CUDA kernels), "closed_form", "reference" (slow: one autograd call a token).
-        return_signals: also return detached fp32 scalars: "surprise", the mean over tokens and heads of the loss.
+        return_signals: also return detached fp32 scalars: "surprise", the mean over tokens and heads of the loss;
+            "state_norm" and "momentum_norm", how far W has moved from the initial weights at the end, and the size of S there,
+            as means over rows and heads.
     Returns: M_{W_t}(q_t) [b, t, h, d] in q's dtype; the state after the last token; the signals if asked for. All is
         computed in fp32, in float64 where q, k, v or the initial weights are; differentiable in every tensor.
 
@@ -141,7 +143,7 @@ def memory_scan(
     _check_shapes(q, k, v, log_gamma, log_eta, theta, initial_weights, norm_weight, norm_bias, state, options)
     offset = 0 if state is None else state.offset
     _check_document_starts(document_starts, q, offset, options)
-    dtype = torch.float64 if torch.float64 in (x.dtype for x in (q, k, v, *initial_weights)) else torch.float32
+    dtype = scan_dtype(q, k, v, initial_weights)
 
     def wide(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype)
@@ -164,8 +166,24 @@ def memory_scan(
         result.weights, result.momentum, result.anchor or (anchor if offset else result.weights), offset
     )
     if return_signals:
-        return result.out, after, {"surprise": (result.surprise / q[..., 0].numel()).float()}
+        surprise = (result.surprise / q[..., 0].numel()).float()
+        return result.out, after, {"surprise": surprise, **_norms(after, start)}
     return result.out, after
+
+
+def scan_dtype(q: Tensor, k: Tensor, v: Tensor, initial_weights: Sequence[Tensor]) -> torch.dtype:
+    """What a scan of these computes in, and its state is in."""
+    return torch.float64 if torch.float64 in (x.dtype for x in (q, k, v, *initial_weights)) else torch.float32
+
+
+@torch.no_grad()
+def _norms(state: MemoryState, initial_weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    moved = [w - w0 for w, w0 in zip(state.weights, initial_weights, strict=True)]
+    norms = {}
+    for name, tensors in (("state_norm", moved), ("momentum_norm", state.momentum)):
+        squares = torch.stack([x.square().sum((-2, -1)) for x in tensors])
+        norms[name] = squares.sum(0).sqrt().mean().float()
+    return norms
 
 
 def _run(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions, want_surprise: bool) -> ScanResult:

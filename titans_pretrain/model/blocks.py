@@ -143,7 +143,7 @@ class MACBlock(Block):
         super().__init__(config)
         self.attention = Attention(config, None, sequence)
         self.memory_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.memory = NeuralMemory(config, sequence)
+        self.memory = NeuralMemory(config, LocalSequence())  # it sees one segment at a time, with the state before it
         self.gate = MemoryGate(config)
         self.segment_len = config.segment_len
         self.retrieve_every = config.retrieve_every
@@ -152,7 +152,8 @@ class MACBlock(Block):
     def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: MACState | None) -> tuple[Tensor, MACState]:
         tokens = self.mixer_norm(x)
         # What does not depend on the memory's state is done once for all segments.
-        recall_queries, recall_tail = self.memory.queries(tokens, None if state is None else state.recall_tail)
+        tail = None if state is None else state.recall_tail
+        recall_queries, recall_tail = self.memory.queries(tokens, tail, self.sequence)
         queries = rotate(self.attention.heads(self.attention.query(tokens)), rotary)
         keys, values = self.attention.keys_and_values(tokens)
         keys = rotate(keys, rotary)
@@ -177,12 +178,14 @@ class MACBlock(Block):
             )
             outputs.append(output)
             start = stop
-        return x + torch.cat(outputs, dim=1), state._replace(recall_tail=recall_tail)
+        output = self.sequence.hand_on_memory(torch.cat(outputs, dim=1), state.memory)
+        return x + output, state._replace(recall_tail=recall_tail)
 
     def _start(self, x: Tensor, recall_tail: Tensor) -> MACState:
-        memory = self.memory.initial_memory(x.shape[0])
         no_tail = x.new_zeros(x.shape[0], self.memory.query_conv.halo, recall_tail.shape[-1])
-        return MACState(MemoryLayerState((no_tail, no_tail, no_tail), memory), memory.weights, recall_tail, None, 0)
+        start = MemoryLayerState((no_tail, no_tail, no_tail), self.memory.initial_memory(x.shape[0]))
+        memory = self.sequence.memory_before(start)
+        return MACState(memory, memory.memory.weights, recall_tail, None, 0)
 
     def _segment(
         self,

@@ -86,9 +86,9 @@ class NeuralMemory(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ inputs of the scan
 
-    def queries(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail."""
-        q, tail = self._convolve(self.query(x), self.query_conv, tail)
+    def queries(self, x: Tensor, tail: Tensor | None, sequence: LocalSequence) -> tuple[Tensor, Tensor]:
+        """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail; `sequence` has the tokens before x."""
+        q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence)
         return self._unit(q), tail
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -108,8 +108,10 @@ class NeuralMemory(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.expand(*logits.shape[:-1], self.config.memory_depth)
 
-    def _convolve(self, x: Tensor, conv: CausalConv, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        extended = self.sequence.extend(x, tail, conv.halo)
+    def _convolve(
+        self, x: Tensor, conv: CausalConv, tail: Tensor | None, sequence: LocalSequence
+    ) -> tuple[Tensor, Tensor]:
+        extended = sequence.extend(x, tail, conv.halo)
         return F.silu(conv(extended)).unflatten(-1, (-1, self.head_dim)), extended[:, extended.shape[1] - conv.halo :]
 
     def _unit(self, x: Tensor) -> Tensor:
@@ -126,7 +128,8 @@ class NeuralMemory(nn.Module):
         """
         if persistent is None:
             return None
-        _, (tails, memory) = self._scan(persistent[None], None)
+        with self.sequence.whole():
+            _, (tails, memory) = self._scan(persistent[None], None)
         weights, momentum = (
             tuple(x.expand(batch, -1, -1, -1) for x in part) for part in (memory.weights, memory.momentum)
         )
@@ -155,9 +158,9 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, state: MemoryLayerState | None, signals: bool = False
     ) -> tuple[Tensor, MemoryLayerState]:
         tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
-        q, query_tail = self.queries(x, tails[0])
-        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1])
-        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2])
+        q, query_tail = self.queries(x, tails[0], self.sequence)
+        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence)
+        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence)
         log_gamma, log_eta, theta = self.gates(x)
         result = self.sequence.memory_scan(
             q,
@@ -174,26 +177,19 @@ class NeuralMemory(nn.Module):
             return_signals=signals,
         )
         if signals:
-            self._record(result[2], result[1], log_gamma, log_eta, theta)
+            self._record(result[2], log_gamma, log_eta, theta)
         return result[0], MemoryLayerState((query_tail, key_tail, value_tail), result[1])
 
     @torch.no_grad()
     def _record(
         self,
         scanned: dict[str, Tensor],
-        memory: MemoryState,
         log_gamma: Tensor | None,
         log_eta: Tensor | None,
         theta: Tensor,
     ) -> None:
-        """Scalars that show whether the memory is alive: what surprises it, how it is gated, how far it has moved."""
-        moved = [(w - w0).square().sum((-2, -1)) for w, w0 in zip(memory.weights, self.initial_weights, strict=True)]
-        self.signals = {
-            **scanned,
-            "theta_mean": theta.mean(),
-            "state_norm": torch.stack(moved).sum(0).sqrt().mean(),
-            "momentum_norm": torch.stack([s.square().sum((-2, -1)) for s in memory.momentum]).sum(0).sqrt().mean(),
-        }
+        """Scalars that show whether the memory is alive: what the scan says of itself, and how it is gated."""
+        self.signals = {**scanned, "theta_mean": theta.mean()}
         if log_gamma is not None:
             self.signals["alpha_mean"] = -torch.expm1(log_gamma).mean()
         if log_eta is not None:

@@ -6,6 +6,7 @@ the model does not know which it holds.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from titans_pretrain.model.attention_scores import causal_attention, window_atte
 
 class LocalSequence:
     """All tokens of the sequence are here."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside it every call is about tokens that are all here: evaluation, decoding, the persistent tokens."""
+        return nullcontext()
 
     def positions(self, start: int, length: int, device: torch.device) -> Tensor:
         """Positions, int64 [length], of the tokens at hand, the first of the whole sequence being `start`."""
@@ -41,3 +46,15 @@ class LocalSequence:
     def memory_scan(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """See titans_pretrain.memory.memory_scan."""
         return memory_scan(*args, **kwargs)
+
+    def memory_before(self, start: Any) -> Any:
+        """A MAC block's neural_memory.MemoryLayerState before its first segment here; `start` where the sequence begins."""
+        return start
+
+    def hand_on_memory(self, output: Tensor, state: Any) -> Tensor:
+        """`output`, once the next segments know of the block's `state` after its last segment here."""
+        return output
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For torch.utils.checkpoint's `context_fn`: what its first run of a block goes in, and what its second."""
+        return nullcontext(), nullcontext()

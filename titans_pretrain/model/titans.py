@@ -65,13 +65,23 @@ class Titans(nn.Module):
         self._run_block = run_block
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens, labels int64 [b, t]; labels of -100 do not count -> the fp32 sum of the token losses, nats."""
+        """tokens, labels int64 [b, t]; labels of -100 do not count -> the fp32 sum of the token losses, nats.
+
+        t is what the sequence seam says is here: with a distributed one this rank's slice of each sequence."""
         x = self.embedding(tokens)
         rotary = self._rotary(0, tokens)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # determinism_check compares shapes, which ZeRO-3 changes when it releases gathered parameters
-                x = checkpoint(self._run_block, block, x, rotary, use_reentrant=False, determinism_check="none")
+                x = checkpoint(
+                    self._run_block,
+                    block,
+                    x,
+                    rotary,
+                    use_reentrant=False,
+                    determinism_check="none",
+                    context_fn=self.sequence.checkpoint_contexts,
+                )
             else:
                 x = self._run_block(block, x, rotary)
         return self.head(self.norm(x), labels)
@@ -87,14 +97,17 @@ class Titans(nn.Module):
         self._run_block = run_block
 
     def hidden(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """tokens int64 [b, t], the next t of each sequence -> final hidden states [b, t, c] and the state after them."""
+        """tokens int64 [b, t], the next t of each sequence -> final hidden states [b, t, c] and the state after them.
+
+        Under every layout the tokens are those of the whole sequence, on each rank."""
         position = 0 if state is None else state.position
         x = self.embedding(tokens)
-        rotary = self._rotary(position, tokens)
         states = []
-        for i, block in enumerate(self.blocks):
-            x, block_state = block(x, rotary, None if state is None else state.blocks[i])
-            states.append(block_state)
+        with self.sequence.whole():
+            rotary = self._rotary(position, tokens)
+            for i, block in enumerate(self.blocks):
+                x, block_state = block(x, rotary, None if state is None else state.blocks[i])
+                states.append(block_state)
         return self.norm(x), ModelState(position + tokens.shape[1], tuple(states))
 
     def logits(self, hidden: Tensor) -> Tensor:
