@@ -3,30 +3,37 @@
 
 PYTHON ?= python3
 VARIANT ?= mag
+LAYOUT ?=
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs clean install
+.PHONY: help demo test test-layouts lint format docs clean install
 
 help:
 	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window]   train a small model on real text, export it, let it write"
+	@echo "          [LAYOUT=\"tensor=2\" | \"sequence=2 memory=hand_off\" | ...]   how its processes divide the work"
 	@echo "make test      lint, types and all tests"
+	@echo "make test-layouts   every layout of ranks x ZeRO stage x model against one process"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    let ruff rewrite the files"
 	@echo "make docs      regenerate docs/config.md from titans_pretrain/config.py"
 	@echo "make clean     remove .venv, .demo and caches; runs/ is kept"
 
-# launch/demo.sh checks VARIANT again; here so that a misspelt one costs no install.
+# launch/demo.sh checks them again; here so that a misspelt one costs no install.
 demo:
-	@bash launch/demo.sh --check "$(VARIANT)"
+	@bash launch/demo.sh --check "$(VARIANT)" "$(LAYOUT)"
 	@$(MAKE) --no-print-directory install
-	@bash launch/demo.sh "$(VARIANT)"
+	@bash launch/demo.sh "$(VARIANT)" "$(LAYOUT)"
 
 # One thread: the tests start several processes of their own.
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+# Every layout x ZeRO stage x variant, of which `make test` runs a part. Half an hour on 2 cores.
+test-layouts: install
+	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/parallel/test_layouts.py --timeout=3600
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# The demo, called by `make demo VARIANT=...`: text -> tokenizer -> shards -> training -> export -> a sample of text.
+# The demo, called by `make demo VARIANT=... LAYOUT=...`: text -> tokenizer -> shards -> training -> export -> a sample of text.
 #
-#   launch/demo.sh VARIANT            all steps; .venv must be there
-#   launch/demo.sh --check VARIANT    only say whether VARIANT is one
+#   launch/demo.sh VARIANT [LAYOUT]            all steps; .venv must be there
+#   launch/demo.sh --check VARIANT [LAYOUT]    only say whether they can be
+#
+# LAYOUT, such as "tensor=2" or "sequence=2 memory=hand_off", sets keys of the config's parallel section; there are then as
+# many processes as its numbers multiply to. Without it: two processes with other rows each.
 #
 # Everything is written under .demo/. Tokenizer and shards are kept while nothing that made them changes; the run starts
 # afresh each time. DEMO_OVERRIDES="schedule.tokens=409600 ..." changes the run's settings.
@@ -20,6 +23,15 @@ if [ -z "$known" ]; then
   echo "error: VARIANT must be one of ${choices:2}, not '$variant'" >&2
   exit 1
 fi
+layout=() processes=1
+for word in ${2:-}; do
+  if [[ ! $word =~ ^((data|sequence|tensor)=[1-9][0-9]?|memory=[a-z_]+)$ ]]; then
+    echo "error: LAYOUT must be words like data=2, sequence=2, tensor=2 and memory=hand_off, not '$word'" >&2
+    exit 1
+  fi
+  layout+=("parallel.$word")
+  [[ $word = memory=* ]] || processes=$((processes * ${word#*=}))
+done
 if [ -n "$check_only" ]; then exit 0; fi
 
 python=$PWD/.venv/bin/python
@@ -68,13 +80,13 @@ made $demo/data.made "$python" tokenizer/build_shards.py --input "${text[@]}" --
 
 # One process per core of the smallest machine the demo is made for, or one per GPU where there are GPUs.
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-processes=$((gpus == 1 ? 1 : 2))
-heading "training $variant from scratch with $processes processes, ZeRO-1"
+if [ ${#layout[@]} = 0 ]; then processes=$((gpus == 1 ? 1 : 2)); fi
+heading "training $variant from scratch, processes: $processes, ${layout[*]:-each with rows of its own}, ZeRO-1"
 rm -rf "$run"
 # shellcheck disable=SC2086 # the overrides are words
 "$python" -m torch.distributed.run --standalone --nproc-per-node=$processes -m titans_pretrain.train \
   configs/demo.yaml model.variant="$variant" run.name="demo-$variant" run.dir=$demo/runs data.path=$demo/data \
-  ${DEMO_OVERRIDES:-}
+  "${layout[@]}" ${DEMO_OVERRIDES:-}
 
 heading "exporting the model"
 rm -rf "$exported"

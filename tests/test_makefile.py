@@ -32,6 +32,16 @@ def test_demo_refuses_an_unknown_variant_in_one_sentence(variant: str) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("layout", ["tensor", "tensor=0", "pipeline=2", "tensor=2;ls", "sequence=2,tensor=2"])
+def test_demo_refuses_a_layout_it_cannot_read(layout: str) -> None:
+    result = run("bash", "launch/demo.sh", "--check", "mag", layout)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"error: LAYOUT must be words like data=2, sequence=2, tensor=2 and memory=hand_off, not '{layout}'"
+    ]
+    assert run("bash", "launch/demo.sh", "--check", "mag", "sequence=2 tensor=2 memory=hand_off").returncode == 0
+
+
 def test_demo_knows_every_variant() -> None:
     for variant in VARIANTS:
         assert run("bash", "launch/demo.sh", "--check", variant).returncode == 0

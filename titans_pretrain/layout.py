@@ -32,6 +32,17 @@ class Layout:
         return self.data * self.sequence
 
 
+def describe(config: Config, layout: Layout) -> str:
+    """The layout in words, for the log."""
+    words = [f"{layout.data} data"]
+    if layout.sequence > 1:
+        words.append(f"{layout.sequence} sequence")
+    if layout.tensor > 1:
+        words.append(f"{layout.tensor} tensor")
+    shared = f", memory by {memory_strategy(config)}" if layout.sequence > 1 and config.model.has_memory else ""
+    return f"{' x '.join(words)} rank{'s' if layout.world_size > 1 else ''}{shared}"
+
+
 def memory_strategy(config: Config) -> str:
     """How the memory is scanned where `parallel.sequence` is above 1: parallel.memory with "auto" resolved."""
     if config.parallel.memory != "auto":

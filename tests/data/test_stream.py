@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -28,10 +29,17 @@ def stream(dataset: Path) -> TokenStream:
 
 
 def loader(
-    stream: TokenStream, *, rank: int = 0, size: int = 1, start: int = 0, batch: int = 8, micro: int = 0
+    stream: TokenStream,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    start: int = 0,
+    batch: int = 8,
+    micro: int = 0,
+    **sequence: int,
 ) -> BatchLoader:
     return BatchLoader(
-        stream, batch_size=batch, micro_batch=micro, data_rank=rank, data_size=size, start=start, prefetch=2
+        stream, batch_size=batch, micro_batch=micro, data_rank=rank, data_size=size, start=start, prefetch=2, **sequence
     )
 
 
@@ -190,6 +198,19 @@ def test_any_number_of_ranks_gives_the_same_global_order(stream: TokenStream) ->
             batches.close()
 
 
+def test_ranks_that_share_a_row_read_its_slices(stream: TokenStream) -> None:
+    for size in (2, 4):
+        with contextlib.ExitStack() as opened:
+            ranks = [
+                opened.enter_context(loader(stream, rank=1, size=2, sequence_rank=rank, sequence_size=size))
+                for rank in range(size)
+            ]
+            slices = [rows(next(batches)) for batches in ranks]
+        whole = np.array([stream.sample(4 + m) for m in range(4)])
+        np.testing.assert_array_equal(np.concatenate([part[:, :-1] for part in slices], axis=1), whole[:, :-1])
+        np.testing.assert_array_equal(np.concatenate([part[:, 1:] for part in slices], axis=1), whole[:, 1:])
+
+
 def test_micro_batches_cut_the_share_in_order(stream: TokenStream) -> None:
     with loader(stream, rank=1, size=2, micro=2) as batches:
         step = next(batches)
@@ -221,7 +242,7 @@ def test_batch_that_does_not_divide(stream: TokenStream) -> None:
 def test_thread_reads_only_so_far_ahead_and_ends(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     sample = stream.sample
-    monkeypatch.setattr(stream, "sample", lambda index: read.append(index) or sample(index))
+    monkeypatch.setattr(stream, "sample", lambda index, **part: read.append(index) or sample(index, **part))
     batches = loader(stream)
     next(batches)
     time.sleep(0.3)

@@ -61,6 +61,7 @@ def tiny_tree(data: Path, runs: Path, **overrides: Any) -> dict[str, dict[str, A
         "data": {"path": str(data), "seq_len": SEQ_LEN, "batch_tokens": 8 * SEQ_LEN},
         "optimizer": {"learning_rate": 1e-2},
         "schedule": {"tokens": 20 * 8 * SEQ_LEN, "warmup_fraction": 0.1},
+        "parallel": {},
         "engine": {"zero_stage": 1, "precision": "fp32", "loss_chunk": 100},
         "checkpoint": {"interval": 0},
         "log": {"interval": 5, "tensorboard": False, "peak_tflops": 0.01},

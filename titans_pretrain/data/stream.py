@@ -14,6 +14,7 @@ import functools
 import itertools
 import queue
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,15 +64,18 @@ class TokenStream:
             )
         self._order: _EpochOrder | None = None
 
-    def sample(self, index: int) -> np.ndarray:
+    def sample(self, index: int, part: int = 0, parts: int = 1) -> np.ndarray:
         """Tokens of sequence `index` (>= 0, any epoch), int64 [seq_len + 1]: inputs are all but the last, labels all but
-        the first.
+        the first. With `parts` above 1 (a divisor of seq_len) only the part-th of so many equal slices is read,
+        int64 [seq_len / parts + 1].
 
         Raises:
             UserError: the shard is damaged there.
         """
         shard, sequence = self.locate(index)
-        return self.shards.read(self.split, shard, sequence * self.seq_len, self.seq_len + 1).astype(np.int64)
+        length = self.seq_len // parts
+        first = sequence * self.seq_len + part * length
+        return self.shards.read(self.split, shard, first, length + 1).astype(np.int64)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard number, sequence number inside it) of sequence `index`."""
@@ -113,7 +117,7 @@ class _EpochOrder:
 
 
 class MicroBatch(NamedTuple):
-    """int64 [rows, seq_len] each; labels[:, t] is the token after tokens[:, t], or -100 where none is predicted."""
+    """int64 [rows, seq_len], or this rank's slice of the columns, each; labels[:, t] is the token after tokens[:, t], or -100 where none is predicted."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -128,6 +132,8 @@ class BatchLoader:
         micro_batch: sequences per MicroBatch; 0: the rank's share at once.
         data_rank, data_size: this rank among the data-parallel ones; it takes the sequences
             position + data_rank * batch_size / data_size + m for m in 0..batch_size / data_size - 1.
+        sequence_rank, sequence_size: this rank among those that share a row; it reads the sequence_rank-th of
+            sequence_size equal slices of each sequence.
         start: number of the first sequence of the first step.
         prefetch: steps read ahead.
 
@@ -145,6 +151,8 @@ class BatchLoader:
         data_size: int,
         start: int,
         prefetch: int,
+        sequence_rank: int = 0,
+        sequence_size: int = 1,
     ):
         if batch_size % data_size or (micro_batch and batch_size // data_size % micro_batch):
             raise UserError(
@@ -152,6 +160,9 @@ class BatchLoader:
                 f"{micro_batch}: change data.batch_tokens or data.micro_batch"
             )
         assert 0 <= data_rank < data_size
+        assert 0 <= sequence_rank < sequence_size
+        assert stream.seq_len % sequence_size == 0
+        slice_of_row = functools.partial(stream.sample, part=sequence_rank, parts=sequence_size)
         self.position = start
         """Number of the first sequence of the step that comes next."""
         self._batch_size = batch_size
@@ -161,7 +172,15 @@ class BatchLoader:
         self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(stream, start + data_rank * share, share, micro_batch or share, batch_size, self._queue, self._stop),
+            args=(
+                slice_of_row,
+                start + data_rank * share,
+                share,
+                micro_batch or share,
+                batch_size,
+                self._queue,
+                self._stop,
+            ),
             name="batch-loader",
             daemon=True,
         )
@@ -198,7 +217,7 @@ class BatchLoader:
 
 
 def _read_ahead(
-    stream: TokenStream,
+    sample: Callable[[int], np.ndarray],
     first: int,
     share: int,
     micro_batch: int,
@@ -208,7 +227,7 @@ def _read_ahead(
 ) -> None:
     try:
         while not stop.is_set():
-            rows = torch.from_numpy(np.stack([stream.sample(first + m) for m in range(share)]))
+            rows = torch.from_numpy(np.stack([sample(first + m) for m in range(share)]))
             tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
             pairs = zip(tokens.split(micro_batch), labels.split(micro_batch), strict=True)
             steps.put([MicroBatch(*pair) for pair in pairs])

@@ -55,7 +55,8 @@ class Grid:
     tensor: Axis = Axis()
     """Ranks with the same rows and tokens, and other slices of the parameters."""
     replica: Axis = Axis()
-    """Data x sequence: all ranks with the same slice of the parameters. What DeepSpeed calls data parallel."""
+    """Data x sequence: all ranks with the same slice of the parameters. What DeepSpeed calls data parallel. Its group is
+    there also where it has one rank."""
 
     def lay_out(self, layout: Layout) -> Grid:
         """The same ranks on the axes of `layout`, whose world size is this grid's."""
@@ -70,17 +71,18 @@ class Grid:
             data=self._axis([[rank_of(d, s, t) for d in data] for s in sequence for t in tensor]),
             sequence=self._axis([[rank_of(d, s, t) for s in sequence] for d in data for t in tensor]),
             tensor=self._axis([[rank_of(d, s, t) for t in tensor] for d in data for s in sequence]),
-            replica=self._axis([[rank_of(d, s, t) for d in data for s in sequence] for t in tensor]),
+            replica=self._axis([[rank_of(d, s, t) for d in data for s in sequence] for t in tensor], even_of_one=True),
         )
 
-    def _axis(self, lines: Sequence[Sequence[int]]) -> Axis:
-        """The line that holds this rank, of `lines` that together hold every rank once."""
+    def _axis(self, lines: Sequence[Sequence[int]], even_of_one: bool = False) -> Axis:
+        """The line that holds this rank, of `lines` that together hold every rank once. `even_of_one`: a line of one rank
+        has a group too."""
         mine = Axis()
         for ranks in lines:
             group = None
-            if len(ranks) == self.world_size and self.world_size > 1:
+            if len(ranks) == self.world_size and (len(ranks) > 1 or even_of_one):
                 group = dist.group.WORLD
-            elif len(ranks) > 1:
+            elif len(ranks) > 1 or even_of_one:
                 group = dist.new_group(list(ranks))  # every rank makes every group, or the store's counters part
             if self.rank in ranks:
                 mine = Axis(ranks.index(self.rank), tuple(ranks), group)
@@ -98,10 +100,9 @@ class Grid:
         dist.all_gather(rows, local)
         return torch.stack(rows).cpu()
 
-    def sum_over_tokens(self, values: Sequence[float]) -> torch.Tensor:
-        """The sum of `values` over ranks that hold different tokens: of tensor ranks, which hold the same, one counts.
-        -> float64 [len(values)] on the CPU."""
-        return self.gather_numbers(values)[:: self.tensor.size].sum(0)
+    def distinct(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of `gather_numbers`' rows those that speak of different tokens: tensor ranks share theirs, so one of them counts."""
+        return rows[:: self.tensor.size]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, by rank."""
@@ -136,6 +137,33 @@ class Grid:
         except UserError as raised:
             error = raised
         self.raise_agreed(error)
+
+
+class ModelParallelUnit:
+    """The grid as DeepSpeed asks for it (its `mpu`). Ranks that share a row are data-parallel to it: it then averages every
+    gradient over all replicas in every ZeRO stage, while its own notion of sequence parallelism differs by stage."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._tensor, self._replica = grid.tensor, grid.replica
+        self._tensor_group = grid.tensor.group or dist.new_group([grid.rank], use_local_synchronization=True)
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tensor_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank
+
+    def get_data_parallel_group(self) -> Any:
+        return self._replica.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._replica.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._replica.rank
 
 
 class AgreedError(UserError):

@@ -96,6 +96,11 @@ def split_model(model: Titans, axis: Axis) -> None:
             setattr(model.get_submodule(parent), own_name, swapped)
 
 
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether other tensor ranks hold other parts of `parameter`."""
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
 def _cut_parameters(model: Titans, axis: Axis) -> None:
     parts: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
     for prefix, module in model.named_modules():

@@ -29,6 +29,7 @@ from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import Titans
 from titans_pretrain.parallel.grid import AgreedError, Grid
+from titans_pretrain.parallel.split_table import whole_of
 from titans_pretrain.train.durable import write_file
 
 if TYPE_CHECKING:  # reading a checkpoint's manifest must not import DeepSpeed
@@ -158,12 +159,18 @@ def _manifest(
         "config": config_to_dict(config),
         "dataset_fingerprint": shards.fingerprint,
         "tokenizer_sha256": shards.tokenizer_sha256,
-        "layout": {
-            "world_size": grid.world_size,
-            "zero_stage": config.engine.zero_stage,
-            "precision": config.engine.precision,
-        },
+        "layout": _layout(config, grid),
         "files": dict(sorted(files.items())),
+    }
+
+
+def _layout(config: Config, grid: Grid) -> dict[str, Any]:
+    """What decides which rank holds which part of the state. How replicas share rows and tokens does not."""
+    return {
+        "world_size": grid.world_size,
+        "tensor": grid.tensor.size,
+        "zero_stage": config.engine.zero_stage,
+        "precision": config.engine.precision,
     }
 
 
@@ -209,6 +216,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}") from error
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    manifest["layout"].setdefault("tensor", 1)  # before there was tensor parallelism
     return manifest
 
 
@@ -296,7 +304,7 @@ def clear_remains(run_dir: Path, start_from: Path | None, say: Callable[[str], A
 
 
 def check_fits(
-    checkpoint: Path, manifest: Mapping[str, Any], config: Config, shards: ShardSet, world_size: int
+    checkpoint: Path, manifest: Mapping[str, Any], config: Config, shards: ShardSet, grid: Grid
 ) -> None:
     """Refuse to continue another run.
 
@@ -322,8 +330,7 @@ def check_fits(
             f"{checkpoint} was trained on dataset {manifest['dataset_fingerprint'][:12]} ({saved['data']['path']}), but "
             f"data.path {config.data.path} is dataset {shards.fingerprint[:12]}; set data.path back or start a new run.name"
         )
-    layout = manifest["layout"]
-    here = {"world_size": world_size, "zero_stage": config.engine.zero_stage, "precision": config.engine.precision}
+    layout, here = manifest["layout"], _layout(config, grid)
     if layout != here:
         raise UserError(
             f"{checkpoint} was saved by {_layout_text(layout)}, but this run has {_layout_text(here)}; resharding is not "
@@ -334,7 +341,7 @@ def check_fits(
 def _layout_text(layout: Mapping[str, Any]) -> str:
     return (
         f"{layout['world_size']} process{'es' if layout['world_size'] != 1 else ''}, "
-        f"engine.zero_stage={layout['zero_stage']}, engine.precision={layout['precision']}"
+        f"parallel.tensor={layout['tensor']}, engine.zero_stage={layout['zero_stage']}, engine.precision={layout['precision']}"
     )
 
 
@@ -385,4 +392,6 @@ def full_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     from titans_pretrain.train.engine import consolidated_weights
 
     manifest = read_manifest(checkpoint)
-    return consolidated_weights(Path(checkpoint), manifest["layout"]["zero_stage"])
+    layout, vocab_size = manifest["layout"], manifest["config"]["model"]["vocab_size"]
+    parts = [consolidated_weights(Path(checkpoint), layout["zero_stage"], rank) for rank in range(layout["tensor"])]
+    return {name: whole_of(name, [part[name] for part in parts], vocab_size) for name in parts[0]}

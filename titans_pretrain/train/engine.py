@@ -13,18 +13,22 @@ import io
 import logging
 import math
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import Titans, weight_decay_applies
-from titans_pretrain.parallel.grid import Grid
+from titans_pretrain.layout import memory_strategy
+from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
+from titans_pretrain.parallel.tensor import is_split
 from titans_pretrain.train.durable import write_file
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -129,18 +133,21 @@ class Engine:
         self.stage = config.engine.zero_stage
         self.device = grid.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        """Of this rank: a tensor rank has its slice."""
+        self._tensor = grid.tensor
         self._adamw = _adamw(config, model, grid.device)
         with _quiet():
             deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over the process group of `grid`
-            settings = deepspeed_settings(config, grid)
+            settings, unit = deepspeed_settings(config, grid), ModelParallelUnit(grid)
             zero = settings["zero_optimization"]
-            # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model.
-            zero.setdefault("reduce_bucket_size", min(500_000_000, self.num_parameters))
+            _size_bucket(zero, config, grid, self.num_parameters)
             # Its own linear layer for stage 3 rounds twice where there is a bias: bf16 logits were off by 0.5 % RMS.
             zero.setdefault("memory_efficient_linear", False)
             if config.engine.deepspeed:
-                _let_deepspeed_check(settings, config.engine.deepspeed)
-            self._engine, *_ = deepspeed.initialize(model=_Root(model), optimizer=self._adamw, config=settings)
+                _let_deepspeed_check(settings, config.engine.deepspeed, unit)
+            self._engine, *_ = deepspeed.initialize(
+                model=_Root(model), optimizer=self._adamw, config=settings, mpu=unit
+            )
         self._checkpoint_engine = _RecordingCheckpointEngine()
         self._engine.checkpoint_engine = self._checkpoint_engine
         # It copies DeepSpeed's conversion scripts into every checkpoint, and on a full disk would raise on rank 0 alone.
@@ -188,8 +195,7 @@ class Engine:
             group["lr"] = learning_rate
         if self.stage == 0:
             # Stage 0 neither reports the norm nor stops at a bad one. Its gradients are whole on every rank.
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = self._gradient_norm()
             if not math.isfinite(norm):
                 self._engine.zero_grad()
                 raise NotFiniteError(norm)
@@ -200,6 +206,24 @@ class Engine:
         if not self._engine.was_step_applied() or not math.isfinite(norm):
             raise NotFiniteError(norm)
         return norm
+
+    def _gradient_norm(self) -> float:
+        """Of whole gradients at hand, each parameter counted once: split ones over the tensor ranks, others here."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                squares[int(is_split(parameter))] += parameter.grad.double().square().sum()
+        if self._tensor.size > 1:
+            dist.all_reduce(squares[1:], group=self._tensor.group)
+        return float(squares.sum().sqrt())
+
+    def copies(self) -> Iterator[tuple[str, Tensor, bool, bool]]:
+        """What this rank holds of every parameter: its name, the tensor, and whether the same bits must be on the other
+        replicas, and on the other tensor ranks."""
+        for name, parameter in self.model.named_parameters():
+            whole = self.stage < 3 or parameter.ds_persist
+            held = parameter.data if whole else parameter.ds_tensor.data
+            yield name, held, whole, not is_split(parameter)
 
     @torch.no_grad()
     def evaluate(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -214,7 +238,7 @@ class Engine:
     def state_bytes(self) -> int:
         """Bytes that `save` will write, all ranks together: weights, two fp32 moments, and from stage 1 on fp32 masters."""
         weight = next(self.model.parameters()).element_size()
-        return self.num_parameters * (weight + 8 + (4 if self.stage > 0 else 0))
+        return self._tensor.size * self.num_parameters * (weight + 8 + (4 if self.stage > 0 else 0))
 
     def save(self, folder: Path) -> tuple[dict[str, dict[str, Any]], OSError | None]:
         """Write DeepSpeed's files under `folder`/deepspeed. Collective.
@@ -252,6 +276,27 @@ def _adamw(config: Config, model: Titans, device: torch.device) -> torch.optim.A
         eps=config.optimizer.eps,
         fused=True if device.type == "cuda" else None,
     )
+
+
+def _size_bucket(zero: dict[str, Any], config: Config, grid: Grid, num_parameters: int) -> None:
+    """Choose how many elements of gradients DeepSpeed gathers before it reduces them over the replicas.
+
+    Raises:
+        UserError: the expert's choice would stop a hand-off.
+    """
+    hands_off = grid.sequence.size > 1 and config.model.has_memory and memory_strategy(config) == "hand_off"
+    if hands_off:
+        # A full bucket is reduced in the middle of the backward pass, where this rank would wait for ranks that are layers
+        # behind and wait for it. One bucket for all is reduced after the last layer.
+        asked = zero.setdefault("reduce_bucket_size", num_parameters)
+        if asked < num_parameters:
+            raise UserError(
+                f"engine.deepspeed.zero_optimization.reduce_bucket_size ({asked}) must hold all {num_parameters} parameters of "
+                "a rank where the memory is handed off (parallel.memory): remove it"
+            )
+    else:
+        # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model.
+        zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))
 
 
 def micro_batch_rows(config: Config, data_size: int) -> int:
@@ -293,9 +338,9 @@ def deepspeed_settings(config: Config, grid: Grid) -> dict[str, Any]:
     return settings
 
 
-def _let_deepspeed_check(settings: dict[str, Any], raw: Mapping[str, Any]) -> None:
+def _let_deepspeed_check(settings: dict[str, Any], raw: Mapping[str, Any], unit: ModelParallelUnit) -> None:
     try:
-        DeepSpeedConfig(settings)
+        DeepSpeedConfig(settings, mpu=unit)
     except Exception as error:  # pydantic's, DeepSpeed's own, AssertionError: all mean a bad key or value
         raise UserError(f"DeepSpeed refuses engine.deepspeed {raw}: {' '.join(str(error).split())}") from error
 
@@ -346,11 +391,24 @@ class _RecordingCheckpointEngine(TorchCheckpointEngine):
             self.error = error
 
 
-def consolidated_weights(folder: Path, stage: int) -> dict[str, Tensor]:
-    """Full fp32 weights from DeepSpeed's files in `folder`/deepspeed, by state_dict name; needs no process group.
+def consolidated_weights(folder: Path, stage: int, tensor_rank: int = 0) -> dict[str, Tensor]:
+    """fp32 weights of one tensor rank from DeepSpeed's files in `folder`/deepspeed, by state_dict name; needs no process
+    group.
 
     A tied head appears under both of its names.
     """
+    with tempfile.TemporaryDirectory() as scratch:
+        # DeepSpeed's converter knows one model-parallel rank: it is shown the files of this one, under the names it expects.
+        shown = Path(scratch) / DEEPSPEED_FOLDER
+        shown.mkdir()
+        for path in (folder / DEEPSPEED_FOLDER).iterdir():
+            if f"mp_rank_{tensor_rank:02d}_" in path.name:
+                alias = path.name.replace(f"mp_rank_{tensor_rank:02d}_", "mp_rank_00_")
+                (shown / alias).symlink_to(path.resolve())
+        return _weights_of_one_model_rank(Path(scratch), stage)
+
+
+def _weights_of_one_model_rank(folder: Path, stage: int) -> dict[str, Tensor]:
     files = folder / DEEPSPEED_FOLDER
     if stage == 0:
         weights = _load(files / "mp_rank_00_model_states.pt")["module"]

@@ -68,7 +68,7 @@ class Evaluation:
                     state,
                 )
                 total += loss.double().cpu()
-        summed = self.grid.sum_over_tokens([float(total), float(len(mine))])
+        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(len(mine))])).sum(0)
         return float(summed[0] / (summed[1] * multiple * self.seq_len))
 
 

@@ -15,14 +15,17 @@ from titans_pretrain.config import Config, config_to_yaml
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import choose_layout
+from titans_pretrain.layout import choose_layout, describe, memory_strategy
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
 from titans_pretrain.parallel.grid import AgreedError, Grid
+from titans_pretrain.parallel.sequence import ShardedSequence
+from titans_pretrain.parallel.tensor import split_model
 from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
 from titans_pretrain.train.compiler import check_compiler
+from titans_pretrain.train.drift import check_copies
 from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
@@ -59,7 +62,7 @@ def train(config: Config, grid: Grid) -> Progress:
             start_from = checkpoints.choose_resume(run_dir, config.run.resume, report.say)
             manifest = checkpoints.read_manifest(start_from) if start_from else None
             if start_from and manifest:
-                checkpoints.check_fits(start_from, manifest, config, shards, grid.world_size)
+                checkpoints.check_fits(start_from, manifest, config, shards, grid)
             checkpoints.clear_remains(run_dir, start_from, report.say)
             report.say(config_to_yaml(config))
             (run_dir / "config.yaml").write_text(config_to_yaml(config))
@@ -67,8 +70,10 @@ def train(config: Config, grid: Grid) -> Progress:
     start_from, manifest = grid.from_first((start_from, manifest) if grid.is_first else None)
 
     # Model and engine
-    model = Titans(config.model, loss_chunk=config.engine.loss_chunk)
+    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
+    model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
     initialize(model, config.run.seed)
+    split_model(model, grid.tensor)
     model.activation_checkpointing = config.engine.activation_checkpointing
     if config.model.compile:
         model.compile_blocks()
@@ -76,8 +81,8 @@ def train(config: Config, grid: Grid) -> Progress:
     rows = micro_batch_rows(config, layout.data)
     millions = parameter_counts(config.model)["total"] / 1e6
     report.say(
-        f"{config.model.variant} with {millions:.2f}M parameters; {config.num_steps} steps of "
-        f"{config.data.batch_tokens:,} tokens = {layout.data} data ranks x {config.batch_size // layout.data // rows} "
+        f"{config.model.variant} with {millions:.2f}M parameters; {describe(config, layout)}; {config.num_steps} steps of "
+        f"{config.data.batch_tokens:,} tokens = {layout.data} x {config.batch_size // layout.data // rows} "
         f"micro-batches x {rows} sequences x {config.data.seq_len}; ZeRO stage {config.engine.zero_stage}, "
         f"{config.engine.precision}; {shards.num_tokens('train'):,} training tokens in the data"
     )
@@ -103,6 +108,8 @@ def train(config: Config, grid: Grid) -> Progress:
         micro_batch=rows,
         data_rank=grid.data.rank,
         data_size=grid.data.size,
+        sequence_rank=grid.sequence.rank,
+        sequence_size=grid.sequence.size,
         start=progress.position,
         prefetch=config.data.prefetch,
     )
@@ -119,10 +126,10 @@ def train(config: Config, grid: Grid) -> Progress:
             except UserError as error:
                 failure = error
             valid = sum(int((labels != -100).sum()) for _, labels in batch)
-            counted = grid.gather_numbers([valid, failure is not None]).sum(0)
-            if counted[1]:
+            counted = grid.gather_numbers([valid, failure is not None])
+            if counted[:, 1].any():
                 grid.raise_agreed(failure)
-            num_valid = float(counted[0])
+            num_valid = float(grid.distinct(counted)[:, 0].sum())
             scale = grid.replica.size / num_valid
             next_progress = Progress(progress.step + 1, loader.position, progress.tokens + config.data.batch_tokens)
             rate = learning_rate(next_progress.tokens, config.schedule, config.optimizer)
@@ -137,7 +144,7 @@ def train(config: Config, grid: Grid) -> Progress:
                 local_loss += float(engine.forward_backward(tokens, labels, scale))
             signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
             shared = grid.gather_numbers([local_loss, memory_in_use(grid.device), *signals.values()])
-            loss = float(shared[:, 0].sum()) / num_valid
+            loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
 
             # Update, unless something is no longer a number
             if not math.isfinite(loss):
@@ -150,6 +157,8 @@ def train(config: Config, grid: Grid) -> Progress:
                 cause = describe_failure(engine, batch, scale, grid)
                 stop_not_finite("gradient norm", error.norm, next_progress.step, cause, last_saved)
             progress = next_progress
+            if every(config.parallel.check_interval, progress.step):
+                check_copies(engine, grid, progress.step, last_saved)
             report.step(
                 progress,
                 loss=loss,

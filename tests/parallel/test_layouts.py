@@ -1,0 +1,122 @@
+"""The table: every layout x ZeRO stage x variant trains as one process does.
+
+Loss, gradient norm and every gradient, gathered, over five optimizer steps, to 1e-5 in fp32. `make test` runs a part of the
+table that has every layout, strategy, stage and variant in it; `make test-layouts` runs all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.parallel.layouts import SEQ_LEN, Outcome, run_cases, tree
+from titans_pretrain.config import VARIANTS, config_from_dict
+from titans_pretrain.errors import UserError
+from titans_pretrain.layout import choose_layout
+
+WHOLE_TABLE = bool(os.environ.get("TITANS_WHOLE_TABLE"))
+TOLERANCE = 1e-5
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data 2": {},
+    "tensor 2": {"parallel__tensor": 2},
+    "sequence 2, head_exchange": {"parallel__sequence": 2, "parallel__memory": "head_exchange"},
+    "sequence 2, hand_off": {"parallel__sequence": 2, "parallel__memory": "hand_off"},
+    "sequence 2, chunk_scan": {
+        "parallel__sequence": 2,
+        "parallel__memory": "chunk_scan",
+        "model__memory_chunk": SEQ_LEN,
+    },
+    "data 2 x tensor 2": {"parallel__data": 2, "parallel__tensor": 2},
+    "tensor 2 x sequence 2": {"parallel__tensor": 2, "parallel__sequence": 2},
+    "tensor 2 x sequence 2, hand_off": {
+        "parallel__tensor": 2,
+        "parallel__sequence": 2,
+        "parallel__memory": "hand_off",
+    },
+    "data 2 x sequence 2": {"parallel__data": 2, "parallel__sequence": 2},
+    "sequence 4": {"parallel__sequence": 4},
+    "sequence 4, hand_off": {"parallel__sequence": 4, "parallel__memory": "hand_off"},
+    "sequence 4, chunk_scan": {
+        "parallel__sequence": 4,
+        "parallel__memory": "chunk_scan",
+        "model__memory_chunk": SEQ_LEN // 2,
+    },
+}
+
+
+def world_size(layout: str) -> int:
+    return 4 if "4" in layout or " x " in layout else 2
+
+
+def case(variant: str, layout: str, stage: int) -> dict[str, Any] | None:
+    """The config, or None where it is refused, or is another row's by another name."""
+    sections = tree(variant, zero=stage, **LAYOUTS[layout])
+    if variant in ("transformer", "sliding_window") and "parallel__memory" in LAYOUTS[layout]:
+        return None
+    try:
+        choose_layout(config_from_dict(sections), world_size(layout))
+    except UserError:
+        return None
+    return sections
+
+
+def in_the_part(variant: str, layout: str, stage: int) -> bool:
+    """One stage for each variant and layout, so that every stage meets every layout; all of them for mag in pairs."""
+    if variant == "mag" and world_size(layout) == 2:
+        return True
+    place = VARIANTS.index(variant) + list(LAYOUTS).index(layout)
+    legal = [s for s in range(4) if case(variant, layout, s) is not None]
+    return bool(legal) and stage == legal[place % len(legal)]
+
+
+def rows(variant: str, size: int) -> list[tuple[str, int]]:
+    return [
+        (layout, stage)
+        for layout in LAYOUTS
+        for stage in range(4)
+        if world_size(layout) == size
+        and case(variant, layout, stage) is not None
+        and (WHOLE_TABLE or in_the_part(variant, layout, stage))
+    ]
+
+
+@functools.cache
+def alone(variant: str, chunk: int) -> Outcome:
+    """One process. The chunk is part of the model, and chunk_scan wants long ones."""
+    return run_distributed(run_cases, 1, tree(variant, model__memory_chunk=chunk))[0][0]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_layout_trains_as_one_process(variant: str, size: int) -> None:
+    table = rows(variant, size)
+    cases = [case(variant, *row) for row in table]
+    outcomes = run_distributed(run_cases, size, *cases, timeout=280 if not WHOLE_TABLE else 3000)[0]
+    worst = {}
+    for row, sections, outcome in zip(table, cases, outcomes, strict=True):
+        assert sections is not None
+        differences = compare(outcome, alone(variant, sections["model"]["memory_chunk"]))
+        for what, difference in differences.items():
+            worst[(*row, what)] = difference
+    print({key: f"{value:.1e}" for key, value in worst.items() if value > TOLERANCE / 10})
+    assert {key: value for key, value in worst.items() if not value < TOLERANCE} == {}
+
+
+def compare(outcome: Outcome, expected: Outcome) -> dict[str, float]:
+    """The largest relative difference of the losses, the norms, and over all steps of each parameter's gradient."""
+    found = {
+        "loss": max(abs(a - b) / b for a, b in zip(outcome.losses, expected.losses, strict=True)),
+        "norm": max(abs(a - b) / b for a, b in zip(outcome.norms, expected.norms, strict=True)),
+    }
+    for own, wanted in zip(outcome.gradients, expected.gradients, strict=True):
+        assert own.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert own[name].shape == gradient.shape, name
+            difference = float((own[name] - gradient).norm() / gradient.norm())
+            found[name] = max(found.get(name, 0.0), difference)
+    return found
