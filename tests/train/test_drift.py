@@ -53,7 +53,10 @@ def test_a_flipped_bit_stops_the_run(stage: int, bad_step: int, dataset: Path, t
     answers = run_distributed(drifting_job, 2, name, 1, bad_step, tree)
     for (sentence,) in answers:
         assert sentence is not None
-        assert f"parameter {name} is not the same at step 4 on ranks that must agree: rank 1 differs from rank 0" in sentence
+        assert (
+            f"parameter {name} is not the same at step 4 on ranks that must agree: rank 1 differs from rank 0"
+            in sentence
+        )
         assert "step_00000003" in sentence
 
 

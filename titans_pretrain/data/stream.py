@@ -117,7 +117,9 @@ class _EpochOrder:
 
 
 class MicroBatch(NamedTuple):
-    """int64 [rows, seq_len], or this rank's slice of the columns, each; labels[:, t] is the token after tokens[:, t], or -100 where none is predicted."""
+    """int64 [rows, seq_len], or this rank's slice of the columns, each.
+
+    labels[:, t] is the token after tokens[:, t], or -100 where none is predicted."""
 
     tokens: torch.Tensor
     labels: torch.Tensor

@@ -303,9 +303,7 @@ def clear_remains(run_dir: Path, start_from: Path | None, say: Callable[[str], A
 # --------------------------------------------------------------------------------------------------------------- resuming
 
 
-def check_fits(
-    checkpoint: Path, manifest: Mapping[str, Any], config: Config, shards: ShardSet, grid: Grid
-) -> None:
+def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, shards: ShardSet, grid: Grid) -> None:
     """Refuse to continue another run.
 
     Raises:

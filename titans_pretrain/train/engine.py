@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.errors import UserError
-from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.layout import memory_strategy
+from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
 from titans_pretrain.train.durable import write_file
