@@ -35,7 +35,7 @@ def unpack(packed: Tensor, forms: Sequence[Form]) -> list[Tensor]:
     """The inverse of `pack`; every tensor in memory of its own."""
     widths = [packed_width([form]) for form in forms]
     return [
-        part.clone(memory_format=torch.contiguous_format).view(form.dtype).view(form.shape)
+        part.clone(memory_format=torch.contiguous_format).flatten().view(form.dtype).view(form.shape)
         for part, form in zip(packed.split(widths, dim=1), forms, strict=True)
     ]
 
