@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ class Outcome(NamedTuple):
 
     losses: list[float]
     norms: list[float]
-    gradients: list[dict[str, torch.Tensor]]
-    """Of each step, before clipping, whole, by parameter name."""
+    gradients: dict[int, dict[str, torch.Tensor]]
+    """Step -> by parameter name, whole, before clipping."""
 
 
 def tree(variant: str, *, zero: int = 0, micro: int = 0, **overrides: Any) -> dict[str, dict[str, Any]]:
@@ -63,16 +64,16 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def run_cases(*trees: dict[str, dict[str, Any]]) -> list[Outcome]:
+def run_cases(gathered: Collection[int], *trees: dict[str, dict[str, Any]]) -> list[Outcome]:
     """`run_case` for each config, in one set of processes."""
     from titans_pretrain.train.environment import find_environment, join
 
     grid = join(find_environment(), "cpu")
-    return [run_case(sections, grid) for sections in trees]
+    return [run_case(sections, grid, gathered) for sections in trees]
 
 
-def run_case(sections: dict[str, dict[str, Any]], world: Any) -> Outcome:
-    """Train STEPS steps, as train/loop.py does it, and collect."""
+def run_case(sections: dict[str, dict[str, Any]], world: Any, gathered: Collection[int]) -> Outcome:
+    """Train STEPS steps, as train/loop.py does it, and collect, in steps `gathered` gradients too."""
     from titans_pretrain.layout import choose_layout, memory_strategy
     from titans_pretrain.model import Titans, initialize
     from titans_pretrain.parallel.sequence import ShardedSequence
@@ -90,7 +91,7 @@ def run_case(sections: dict[str, dict[str, Any]], world: Any) -> Outcome:
     engine = Engine(config, model, grid)
     rows = micro_batch_rows(config, grid.data.size)
     share, columns = ROWS // grid.data.size, SEQ_LEN // grid.sequence.size
-    outcome = Outcome([], [], [])
+    outcome = Outcome([], [], {})
     for step in range(STEPS):
         tokens, labels = batch(step)
         num_valid = int((labels != -100).sum())
@@ -105,9 +106,10 @@ def run_case(sections: dict[str, dict[str, Any]], world: Any) -> Outcome:
                 engine.end_micro_batch()
             loss += float(engine.forward_backward(*pair, grid.replica.size / num_valid))
         outcome.losses.append(float(grid.distinct(grid.gather_numbers([loss])).sum()) / num_valid)
-        outcome.gradients.append(whole_gradients(model, names, config.engine.zero_stage, grid))
+        if step in gathered:
+            outcome.gradients[step] = whole_gradients(model, names, config.engine.zero_stage, grid)
         outcome.norms.append(engine.step(config.optimizer.learning_rate))
-    return outcome if grid.is_first else Outcome([], [], [])
+    return outcome if grid.is_first else Outcome([], [], {})
 
 
 def whole_gradients(model: Any, names: list[str], stage: int, grid: Any) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ STEPS = 6
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "mag": (2, dict(model__variant="mag", engine__zero_stage=1, checkpoint__interval=3)),
     "mac": (1, dict(model__variant="mac", engine__zero_stage=3, model__tie_embeddings=True)),
-    "lmm": (1, dict(model__variant="lmm", engine__zero_stage=0)),
+    "lmm": (2, dict(model__variant="lmm", engine__zero_stage=0, parallel__tensor=2)),
     "mal": (1, dict(model__variant="mal", engine__zero_stage=2, engine__precision="bf16")),
 }
 

@@ -24,17 +24,23 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
     the weights were left alone, and the norm."""
     from titans_pretrain.data.shards import ShardSet
     from titans_pretrain.data.stream import BatchLoader, TokenStream
+    from titans_pretrain.layout import choose_layout, memory_strategy
     from titans_pretrain.model import Titans, initialize
+    from titans_pretrain.parallel.sequence import ShardedSequence
+    from titans_pretrain.parallel.tensor import split_model
     from titans_pretrain.train.engine import Engine, NotFiniteError
     from titans_pretrain.train.environment import find_environment, join
     from titans_pretrain.train.watch import describe_failure
 
     grid = join(find_environment(), "cpu")
     config = config_from_dict(tree)
+    grid = grid.lay_out(choose_layout(config, grid.world_size))
     shards = ShardSet.open(config.data.path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=shards.vocab_size))
-    model = Titans(config.model)
+    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
+    model = Titans(config.model, sequence=sequence)
     initialize(model, seed=0)
+    split_model(model, grid.tensor)
     if config.model.compile:
         model.compile_blocks("aot_eager")
     victim = model.blocks[1].feed_forward.up.weight
@@ -49,8 +55,10 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
         TokenStream(shards, "train", SEQ_LEN, seed=0),
         batch_size=8,
         micro_batch=2,
-        data_rank=grid.rank,
-        data_size=grid.world_size,
+        data_rank=grid.data.rank,
+        data_size=grid.data.size,
+        sequence_rank=grid.sequence.rank,
+        sequence_size=grid.sequence.size,
         start=0,
         prefetch=1,
     )
@@ -99,6 +107,24 @@ def test_step_is_refused_and_the_layer_named(
         else:
             assert "in the backward pass the gradient of blocks.1.feed_forward.up.weight is the first" in description
             assert "rank 1" in description
+
+
+@pytest.mark.parametrize("layout", [{"parallel__tensor": 2}, {"parallel__sequence": 2, "parallel__memory": "hand_off"}])
+@pytest.mark.parametrize("poison", ["weight", "gradient"])
+def test_the_layer_is_named_when_ranks_share_a_row(
+    layout: dict[str, Any], poison: str, dataset: Path, tmp_path: Path
+) -> None:
+    """Both ranks run the batch again together: no one waits for the other in vain."""
+    tree = tiny_tree(dataset, tmp_path, data__micro_batch=2, **layout)
+    for description, same, norm in run_distributed(stop_on_bad_gradient, 2, tree, poison):
+        assert not torch.isfinite(torch.tensor(norm))
+        assert same, "the update must not have been made"
+        found = (
+            "the output of blocks.1.feed_forward.up"
+            if poison == "weight"
+            else "blocks.1.feed_forward.up.weight is the first"
+        )
+        assert found in description
 
 
 def test_the_run_stops_with_one_sentence(dataset: Path, tmp_path: Path) -> None:

@@ -221,8 +221,9 @@ class Engine:
         """What this rank holds of every parameter: its name, the tensor, and whether the same bits must be on the other
         replicas, and on the other tensor ranks."""
         for name, parameter in self.model.named_parameters():
-            whole = self.stage < 3 or parameter.ds_persist
-            held = parameter.data if whole else parameter.ds_tensor.data
+            split: Any = parameter  # ZeRO-3 hangs what it holds on the parameter
+            whole = self.stage < 3 or split.ds_persist
+            held = parameter.data if whole else split.ds_tensor.data
             yield name, held, whole, not is_split(parameter)
 
     @torch.no_grad()

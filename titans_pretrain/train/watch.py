@@ -126,7 +126,9 @@ class _GradientProbe:
             for handle in handles:
                 handle.remove()
 
-    def _look(self, gradient: Tensor, what: str) -> None:
+    def _look(self, gradient: Tensor | None, what: str) -> None:
+        if gradient is None:  # of a custom function's output that nothing used
+            return
         self.order += self.first_bad is None
         if self.first_bad is None and not _finite(gradient):
             self.first_bad = what
