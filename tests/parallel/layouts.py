@@ -36,7 +36,7 @@ def tree(variant: str, *, zero: int = 0, micro: int = 0, **overrides: Any) -> di
             "num_persistent": 3,
             "memory_chunk": 12,  # shards end inside a chunk
             "memory_expansion": 1.5,
-            "memory_theta_max": 0.02,  # a calm memory: it enlarges rounding errors less
+            "memory_theta_max": 0.005,  # a calm memory: it enlarges rounding errors less
         },
         "data": {"seq_len": SEQ_LEN, "batch_tokens": ROWS * SEQ_LEN, "micro_batch": micro},
         # A large eps keeps AdamW smooth: with 1e-8 the first updates are the gradients' signs, also where they are noise.
