@@ -92,7 +92,7 @@ def test_manifest_names_every_file(dataset: Path, tmp_path: Path) -> None:
     assert manifest["position"] == 32
     assert manifest["tokens"] == 4 * 8 * SEQ_LEN
     assert manifest["config"]["model"]["vocab_size"] == 61
-    assert manifest["layout"] == {"world_size": 2, "zero_stage": 1, "precision": "fp32"}
+    assert manifest["layout"] == {"world_size": 2, "zero_stage": 1, "precision": "fp32", "tensor": 1}
     assert (checkpoint / "tokenizer.model").read_bytes() == (dataset / "tokenizer.model").read_bytes()
     for name in manifest["files"]:
         broken = tmp_path / "broken"
