@@ -34,6 +34,8 @@ SIBLINGS = {
 OWNERS = {
     "deepspeed": ["titans_pretrain.train.engine"],
     "webdataset": ["titans_pretrain.data"],
+    "boto3": ["titans_pretrain.data"],
+    "botocore": ["titans_pretrain.data"],
     "sentencepiece": ["tokenizer", "titans_pretrain.inference"],
     "tensorboard": ["titans_pretrain.train.report"],
     "torch.utils.tensorboard": ["titans_pretrain.train.report"],

@@ -160,7 +160,9 @@ class DataConfig:
     """The token stream."""
 
     path: str = ""
-    """Directory written by tokenizer/build_shards.py (index.json and shards). Required."""
+    """Directory written by tokenizer/build_shards.py (index.json and shards), or where it was copied: http://, https://,
+    s3://BUCKET/PREFIX, or pipe:COMMAND with {name} for the file that the command writes to its output
+    (docs/remote-data.md). Required."""
     seq_len: int = 4096
     """Tokens a sequence predicts. Default: the paper's training length."""
     batch_tokens: int = 524288
@@ -170,6 +172,20 @@ class DataConfig:
     at once."""
     prefetch: int = 2
     """Optimizer steps the reader thread works ahead. Default 2: hides one slow read."""
+    cache_dir: str = ""
+    """Folder for the shards of a remote dataset, shared by the ranks and runs of a node; best on a disk of the node. Empty:
+    titans_pretrain-UID in the system's folder for temporary files (TMPDIR, else /tmp), which is such a disk on most
+    clusters."""
+    cache_gib: float = 64.0
+    """Bound of `cache_dir`, GiB. The least recently opened shards make way; one in use never does. Default: several times
+    the 2 windows of 16 shards of 256 MiB that a run works on, 8 GiB for each source."""
+    on_bad: str = one_of("raise", "raise", "skip")
+    """A row of the training data that cannot be read (damaged, missing, not to be downloaded). raise: stop with one sentence.
+    skip: the row stays in its place, none of its labels counts, and the metrics count it (masked_rows). Default raise:
+    lost data should be mended, not got used to. Validation data always stops the run."""
+    max_bad: int = 100
+    """on_bad=skip: rows that may be masked between a start or resume and the next; one more stops the run. Default 100: a
+    few bad blocks, not a lost shard, which at 128 Mi tokens has thousands of rows."""
 
 
 @dataclass(frozen=True)
@@ -508,13 +524,13 @@ def _check_ranges(config: Config) -> None:
     positive = (
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
-        "data.batch_tokens data.prefetch parallel.sequence parallel.tensor optimizer.learning_rate optimizer.eps "
-        "schedule.tokens engine.loss_chunk log.interval eval.tokens"
+        "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
+        "optimizer.eps schedule.tokens engine.loss_chunk log.interval eval.tokens"
     )
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
-        "data.micro_batch optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval checkpoint.interval "
-        "checkpoint.keep_last log.peak_tflops eval.interval run.stop_after run.seed"
+        "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
+        "checkpoint.interval checkpoint.keep_last log.peak_tflops eval.interval run.stop_after run.seed"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
 

@@ -264,7 +264,7 @@ def _report(output: Path, manifest: Manifest, tally: Tally, seconds: float) -> N
 def verify_command(arguments: Sequence[str]) -> None:
     """`verify DIR`."""
     parser = argparse.ArgumentParser(prog="build_shards.py verify", description="Compare a dataset with its checksums.")
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", help="or a remote location (docs/remote-data.md)")
     directory = parser.parse_args(arguments).directory
     from titans_pretrain.data.shards import verify
 
@@ -283,7 +283,7 @@ def inspect_command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="build_shards.py inspect", description="Show a sequence of a dataset as text."
     )
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", help="or a remote location (docs/remote-data.md)")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument(
         "--sample", type=int, default=0, metavar="N", help="which sequence, in the order on disk (default: 0)"

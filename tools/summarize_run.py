@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titans_pretrain.config import Config, load_config
-from titans_pretrain.data.manifest import read_manifest
+from titans_pretrain.data.fetch import manifest_at
 from titans_pretrain.errors import UserError, exit_on_user_error
 
 AVERAGED_STEPS = 10
@@ -97,7 +97,7 @@ def summarize(run: Path) -> list[tuple[str, str]]:
 def data_text(config: Config) -> str:
     """The yardstick for every loss: what a model scores that knows only how often each token occurs."""
     try:
-        manifest = read_manifest(Path(config.data.path))
+        manifest = manifest_at(config.data.path)
     except UserError:
         return f"{config.data.path} (no longer there, so its unigram entropy is unknown)"
     return f"{config.data.path}, unigram entropy {manifest.unigram_entropy:.3f} nats per token"

@@ -103,8 +103,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"no dataset directory at {directory}: set data.path to one written by tokenizer/build_shards.py"
         )
     try:
-        content = json.loads(path.read_bytes())
-        version, checksum = content.pop("version"), content.pop("checksum")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{directory} has no {MANIFEST_NAME}, so it is not a dataset or its build did not finish; "
@@ -112,6 +111,18 @@ def read_manifest(directory: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(text: bytes, path: str) -> Manifest:
+    """Check the content of an `index.json`; `path` names it in messages.
+
+    Raises:
+        UserError: damaged or of another format version.
+    """
+    try:
+        content = json.loads(text)
+        version, checksum = content.pop("version"), content.pop("checksum")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"the manifest {path} is damaged: restore it, or build the dataset again") from None
     if version != FORMAT_VERSION:

@@ -1,22 +1,30 @@
 """Which tokens lie at a place in a dataset, and are they the ones that were written?
 
-An opened dataset has had its manifest, file sizes and tokenizer checked. Each block is checked against its CRC the
-first time any of its tokens is read, so damage is reported before a wrong token is served.
+An opened dataset has had its manifest, tokenizer and, where it lies on this machine, file sizes checked. Each block is
+checked against its CRC the first time any of its tokens is read, so damage is reported before a wrong token is served.
+Shards of a remote dataset are read from the local cache, into which they come when they are first needed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import threading
+import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from titans_pretrain.config import DataConfig
 from titans_pretrain.data.atomic import sha256_of
+from titans_pretrain.data.cache import Cache, HeldFile
+from titans_pretrain.data.damage import DamageError
+from titans_pretrain.data.fetch import FORGIVE, RemoteFolder
+from titans_pretrain.data.location import scheme_of
 from titans_pretrain.data.manifest import (
     DTYPES,
     SPLITS,
@@ -33,10 +41,11 @@ _OPEN_FILES = 64
 
 
 class ShardSet:
-    """A dataset directory opened for reading. Safe to read from several threads."""
+    """A dataset opened for reading. Safe to read from several threads."""
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path | str, manifest: Manifest, remote: RemoteFolder | None = None):
         self.path = path
+        """The folder, or the remote location."""
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.tokenizer_sha256 = manifest.tokenizer_sha256
@@ -50,20 +59,31 @@ class ShardSet:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ShardFile] = OrderedDict()
         self._indexes: dict[str, BlockIndex] = {}
+        self._remote = remote
+        self._tokenizer = remote.tokenizer(manifest) if remote else None
+        self._fetched_again: dict[str, float] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> ShardSet:
-        """Open a dataset; reads no shard, but checks that each is there and has its full size.
+    def open(cls, path: str | Path, cache: Cache | None = None, *, skip_bad: bool = False) -> ShardSet:
+        """Open a dataset; reads no shard, but where it is a folder checks that each is there and has its full size.
+
+        Args:
+            path: a folder, or a remote location as location.py describes.
+            cache: for a remote one; None: that of the default settings.
+            skip_bad: missing and resized shards are left to whoever reads them.
 
         Raises:
             UserError: missing or damaged manifest, missing or resized shard, a tokenizer that is not the one that made
                 the shards.
         """
+        if scheme_of(path):
+            remote = RemoteFolder(str(path), cache or Cache.of(DataConfig()))
+            return cls(str(path), remote.manifest(), remote)
         directory = Path(path)
         manifest = read_manifest(directory)
         entries = [entry for split in manifest.splits.values() for entry in split.shards]
         problem = _tokenizer_problem(directory, manifest)
-        for entry in entries:
+        for entry in [] if skip_bad else entries:
             problem = problem or _size_problem(directory / entry.name, entry)
         if problem:
             raise UserError(
@@ -73,7 +93,8 @@ class ShardSet:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / TOKENIZER_NAME
+        """A local file."""
+        return self._tokenizer.path if self._tokenizer else Path(self.path) / TOKENIZER_NAME
 
     def split(self, name: str) -> SplitEntry:
         """The manifest's entry of split "train" or "valid".
@@ -97,36 +118,79 @@ class ShardSet:
         """Tokens `start` to `start + count` of shard number `shard`, in the dataset's dtype, [count].
 
         Raises:
-            UserError: the shard is missing, cut short or damaged where it is read.
+            DamageError: the shard is missing, cut short or damaged where it is read.
+            UserError: the cache of a remote dataset cannot be used.
         """
         entry = self.split(split).shards[shard]
         assert start >= 0
         assert start + count <= entry.tokens
-        tokens = np.empty(count, dtype=self._dtype)
         with self._lock:
             file = self._file(entry)
-            index = self._index(entry, file)
-            first = int(np.searchsorted(index.starts, start, side="right")) - 1
-            done = 0
-            for block in range(first, len(index.starts)):
-                if done == count:
-                    break
-                if not index.checked[block]:
-                    self._check_block(file, index, block)
-                skip = start + done - int(index.starts[block])
-                here = min(count - done, int(index.tokens[block]) - skip)
-                file.read_into(tokens[done : done + here], int(index.offsets[block]) + skip * self._dtype.itemsize)
-                done += here
+            try:
+                return self._read(entry, file, start, count)
+            except DamageError:
+                if not self._may_fetch_again(entry):
+                    raise
+            return self._read(entry, self._file(entry), start, count)
+
+    def expect(self, split: str, now: Sequence[int], later: Sequence[int]) -> None:
+        """Say which shards are read from here on, in any order, and which after that, so that they can be fetched early and
+        others of the split be let go. Free of cost for a local dataset."""
+        if self._remote is None:
+            return
+        shards = self.split(split).shards
+        with self._lock:
+            kept = {shards[number].name for number in now}
+            for name in [shard.name for shard in shards if shard.name in self._open and shard.name not in kept]:
+                self._open.pop(name).close()
+            wanted = [shards[number] for number in (*now, *later) if shards[number].name not in self._open]
+        self._remote.expect(wanted)
+
+    def _read(self, entry: ShardEntry, file: ShardFile, start: int, count: int) -> np.ndarray:
+        tokens = np.empty(count, dtype=self._dtype)
+        index = self._index(entry, file)
+        first = int(np.searchsorted(index.starts, start, side="right")) - 1
+        done = 0
+        for block in range(first, len(index.starts)):
+            if done == count:
+                break
+            if not index.checked[block]:
+                self._check_block(file, index, block)
+            skip = start + done - int(index.starts[block])
+            here = min(count - done, int(index.tokens[block]) - skip)
+            file.read_into(tokens[done : done + here], int(index.offsets[block]) + skip * self._dtype.itemsize)
+            done += here
         return tokens
 
     def _file(self, entry: ShardEntry) -> ShardFile:
         if entry.name in self._open:
             self._open.move_to_end(entry.name)
         else:
-            self._open[entry.name] = ShardFile(self.path / entry.name)
+            self._open[entry.name] = self._open_file(entry)
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         return self._open[entry.name]
+
+    def _open_file(self, entry: ShardEntry) -> ShardFile:
+        if self._remote is None:
+            return ShardFile(Path(self.path) / entry.name)
+        while self._open and self._bytes_open() + entry.bytes > self._remote.cache.limit:
+            self._open.popitem(last=False)[1].close()
+        return ShardFile(self._remote.shown(entry.name), self._remote.open(entry, self._bytes_open()), str(self.path))
+
+    def _bytes_open(self) -> int:
+        return sum(file.size for file in self._open.values())
+
+    def _may_fetch_again(self, entry: ShardEntry) -> bool:
+        """Drop a damaged copy of a remote shard, unless that was done a moment ago."""
+        now = time.monotonic()
+        if self._remote is None or now - self._fetched_again.get(entry.name, -FORGIVE) < FORGIVE:
+            return False
+        self._fetched_again[entry.name] = now
+        self._open.pop(entry.name).close()
+        self._indexes.pop(entry.name, None)
+        self._remote.discard(entry)
+        return True
 
     def _index(self, entry: ShardEntry, file: ShardFile) -> BlockIndex:
         if entry.name not in self._indexes:
@@ -138,36 +202,51 @@ class ShardSet:
         file.read_into(content, int(index.offsets[block]))
         actual, expected = _crc32(content), index.table[block]["crc32"]
         if actual != expected:
-            raise UserError(
+            raise DamageError(
                 f"shard {file.path} is damaged: block {block} has CRC {actual:08x} but was written with {expected:08x}; "
-                f"restore the file or build the dataset again ({VERIFY_COMMAND} {self.path} checks all)"
+                f"{file.remedy}",
+                file.name,
             )
         index.checked[block] = True
 
 
 class ShardFile:
-    """An open shard: reads at an offset into an array."""
+    """An open shard: reads at an offset into an array.
 
-    def __init__(self, path: Path):
+    Args:
+        path: what messages call it; opened where `held` is None.
+        held: a copy of it in the cache.
+        dataset: the location that it is part of; "": the folder of `path`.
+    """
+
+    def __init__(self, path: Path | str, held: HeldFile | None = None, dataset: str = ""):
         self.path = path
+        self.name = Path(path).name
+        where = shlex.quote(dataset or str(Path(path).parent))
+        self.remedy = f"restore the file or build the dataset again ({VERIFY_COMMAND} {where} checks all)"
+        self._held = held
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = held.descriptor if held else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._descriptor).st_size
         except OSError as error:
-            raise UserError(f"cannot open shard {path}: {error.strerror}") from error
+            raise DamageError(f"cannot open shard {path}: {error.strerror}; {self.remedy}", self.name) from error
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
-            os.close(self._descriptor)
+            if self._held:
+                self._held.close()
+            else:
+                os.close(self._descriptor)
             self._descriptor = -1
 
     def read_into(self, array: np.ndarray, offset: int) -> None:
         """Fill contiguous `array` from byte `offset`.
 
         Raises:
-            UserError: the disk fails or the file ends early.
+            DamageError: the disk fails or the file ends early.
         """
         view = array.view(np.uint8).data
         done = 0
@@ -175,11 +254,14 @@ class ShardFile:
             try:
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)
             except OSError as error:
-                raise UserError(f"cannot read shard {self.path} at byte {offset + done}: {error.strerror}") from error
+                raise DamageError(
+                    f"cannot read shard {self.path} at byte {offset + done}: {error.strerror}; {self.remedy}", self.name
+                ) from error
             if count == 0:
-                raise UserError(
-                    f"shard {self.path} ends before byte {offset + len(view)}, where it has data by its index: "
-                    "restore the file or build the dataset again"
+                raise DamageError(
+                    f"shard {self.path} ends at byte {self.size}, before byte {offset + len(view)}, where it has data by its "
+                    f"index; {self.remedy}",
+                    self.name,
                 )
             done += count
 
@@ -196,10 +278,10 @@ class BlockIndex:
         content = np.empty(entry.index_bytes, dtype=np.uint8)
         file.read_into(content, entry.index_offset)
         if _crc32(content) != entry.index_crc32:
-            raise UserError(
+            raise DamageError(
                 f"the block index of shard {file.path} is damaged: CRC {_crc32(content):08x}, but the manifest says "
-                f"{entry.index_crc32:08x}; restore the file or build the dataset again ({VERIFY_COMMAND} {file.path.parent} "
-                "checks all)"
+                f"{entry.index_crc32:08x}; {file.remedy}",
+                file.name,
             )
         self.table: list[dict[str, int]] = json.loads(content.tobytes())["blocks"]
         self.tokens = np.array([block["tokens"] for block in self.table], dtype=np.int64)
@@ -208,15 +290,22 @@ class BlockIndex:
         self.checked = np.zeros(len(self.table), dtype=bool)
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, cache: Cache | None = None) -> list[str]:
     """Read every byte of a dataset and compare it with its checksums; costs one SHA-256 over the shards.
+
+    A remote dataset comes through the cache, one shard at a time, which compares what it downloads.
+
+    Args:
+        cache: for a remote dataset; None: that of the default settings.
 
     Returns:
         One sentence per problem, empty when all is as written.
 
     Raises:
-        UserError: the manifest itself cannot be used.
+        UserError: the manifest itself cannot be used, or the cache not written.
     """
+    if scheme_of(path):
+        return list(_remote_problems(RemoteFolder(str(path), cache or Cache.of(DataConfig()))))
     directory = Path(path)
     manifest = read_manifest(directory)
     problems = [_tokenizer_problem(directory, manifest)]
@@ -224,6 +313,25 @@ def verify(path: str | Path) -> list[str]:
         for entry in split.shards:
             problems += _shard_problems(directory / entry.name, manifest, entry)
     return [problem for problem in problems if problem]
+
+
+def _remote_problems(remote: RemoteFolder) -> Iterator[str]:
+    manifest = remote.manifest()
+    try:
+        remote.tokenizer(manifest).close()
+    except UserError as error:
+        yield str(error)
+    for split in manifest.splits.values():
+        for entry in split.shards:
+            try:
+                held = remote.open(entry)
+                if sha256_of(held.path) != entry.sha256:  # the copy that was here
+                    held.close()
+                    remote.discard(entry)
+                    held = remote.open(entry)
+                held.close()
+            except DamageError as error:
+                yield str(error)
 
 
 def _tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from titans_pretrain.data.damage import IGNORED, BadRow, read_rows
 from titans_pretrain.data.permutation import permutation_key, permute
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.errors import UserError
@@ -63,6 +64,7 @@ class TokenStream:
                 f"{max(tokens)} tokens and {seq_len + 1} are needed; {way_out}"
             )
         self._order: _EpochOrder | None = None
+        self._announced = (-1, -1)
 
     def sample(self, index: int, part: int = 0, parts: int = 1) -> np.ndarray:
         """Tokens of sequence `index` (>= 0, any epoch), int64 [seq_len + 1]: inputs are all but the last, labels all but
@@ -73,6 +75,7 @@ class TokenStream:
             UserError: the shard is damaged there.
         """
         shard, sequence = self.locate(index)
+        self._announce(index)
         length = self.seq_len // parts
         first = sequence * self.seq_len + part * length
         return self.shards.read(self.split, shard, first, length + 1).astype(np.int64)
@@ -88,6 +91,18 @@ class TokenStream:
         if order is None or order.epoch != epoch:
             order = self._order = _EpochOrder(self._sequences, self.seed, epoch, self.shuffle)
         return order.locate(position)
+
+    def _announce(self, index: int) -> None:
+        """Tell the shards, once for each window, which of them are read now and next."""
+        assert self._order is not None
+        epoch, position = divmod(index, self.num_sequences)
+        window = self._order.window(position)
+        if self._announced != (epoch, window):
+            self._announced = (epoch, window)
+            now, later = self._order.shards_of(window), self._order.shards_of(window + 1)
+            if not later and self.shuffle:  # the last window: the next epoch has an order of its own
+                later = _EpochOrder(self._sequences, self.seed, epoch + 1, True).shards_of(0)
+            self.shards.expect(self.split, now, later)
 
 
 class _EpochOrder:
@@ -107,9 +122,17 @@ class _EpochOrder:
     def _key(self, window: int) -> tuple[int, ...]:
         return permutation_key(self._seed, self.epoch, "sequences", window)
 
+    def window(self, position: int) -> int:
+        """Number of the window that holds `position`."""
+        return bisect.bisect_right(self._windows, position) - 1
+
+    def shards_of(self, window: int) -> list[int]:
+        """The shards of a window; none after the last."""
+        return self._shards[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
+
     def locate(self, position: int) -> tuple[int, int]:
         if self._shuffle:
-            window = bisect.bisect_right(self._windows, position) - 1
+            window = self.window(position)
             first, end = self._windows[window], self._windows[window + 1]
             position = first + permute(position - first, end - first, self._window_key(window))
         place = bisect.bisect_right(self._starts, position) - 1
@@ -138,6 +161,7 @@ class BatchLoader:
             sequence_size equal slices of each sequence.
         start: number of the first sequence of the first step.
         prefetch: steps read ahead.
+        skip_bad: a row that cannot be read becomes zeros with ignored labels and is told in `bad`; False: it raises.
 
     Raises:
         UserError: the batch does not divide. While iterating: whatever the stream raised, in this thread.
@@ -155,6 +179,7 @@ class BatchLoader:
         prefetch: int,
         sequence_rank: int = 0,
         sequence_size: int = 1,
+        skip_bad: bool = False,
     ):
         if batch_size % data_size or (micro_batch and batch_size // data_size % micro_batch):
             raise UserError(
@@ -167,15 +192,17 @@ class BatchLoader:
         slice_of_row = functools.partial(stream.sample, part=sequence_rank, parts=sequence_size)
         self.position = start
         """Number of the first sequence of the step that comes next."""
+        self.bad: list[BadRow] = []
+        """The rows of the last step that could not be read."""
         self._batch_size = batch_size
         share = batch_size // data_size
-        self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=prefetch)
+        self._queue: queue.Queue[_Step | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=_read_ahead,
             args=(
-                slice_of_row,
+                lambda numbers: read_rows(slice_of_row, numbers, stream.seq_len // sequence_size + 1, skip_bad),
                 start + data_rank * share,
                 share,
                 micro_batch or share,
@@ -198,7 +225,8 @@ class BatchLoader:
             item = self._queue.get()
             if not isinstance(item, BaseException):
                 self.position += self._batch_size
-                return item
+                self.bad = item.bad
+                return item.batch
             self._error = item
         raise self._error
 
@@ -218,21 +246,28 @@ class BatchLoader:
         self.close()
 
 
+class _Step(NamedTuple):
+    batch: list[MicroBatch]
+    bad: list[BadRow]
+
+
 def _read_ahead(
-    sample: Callable[[int], np.ndarray],
+    read: Callable[[range], tuple[np.ndarray, list[BadRow]]],
     first: int,
     share: int,
     micro_batch: int,
     stride: int,
-    steps: queue.Queue[list[MicroBatch] | BaseException],
+    steps: queue.Queue[_Step | BaseException],
     stop: threading.Event,
 ) -> None:
     try:
         while not stop.is_set():
-            rows = torch.from_numpy(np.stack([sample(first + m) for m in range(share)]))
+            array, bad = read(range(first, first + share))
+            rows = torch.from_numpy(array)
             tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            labels[[row for row, _, _ in bad]] = IGNORED
             pairs = zip(tokens.split(micro_batch), labels.split(micro_batch), strict=True)
-            steps.put([MicroBatch(*pair) for pair in pairs])
+            steps.put(_Step([MicroBatch(*pair) for pair in pairs], bad))
             first += stride
     except BaseException as error:  # whatever it is, the consumer must not wait for ever
         steps.put(error)

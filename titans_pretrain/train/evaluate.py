@@ -56,8 +56,10 @@ class Evaluation:
         most = -(-count // ranks)
         rows = min(self.rows, most)
         total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, most, rows):
-            tokens, labels = _batch(stream, mine[start : start + rows], rows)
+        # All that can fail alone comes first. Damage is never masked here: losses over other tokens would not compare.
+        with self.grid.agreed():
+            batches = [_batch(stream, mine[start : start + rows], rows) for start in range(0, most, rows)]
+        for tokens, labels in batches:
             state = None
             for piece in range(multiple):
                 columns = slice(piece * self.seq_len, (piece + 1) * self.seq_len)

@@ -12,6 +12,7 @@ import torch
 
 import titans_pretrain
 from titans_pretrain.config import Config, config_to_yaml
+from titans_pretrain.data.cache import Cache
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
@@ -28,6 +29,7 @@ from titans_pretrain.train.compiler import check_compiler
 from titans_pretrain.train.drift import check_copies
 from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
 from titans_pretrain.train.evaluate import Evaluation
+from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.schedule import learning_rate
 from titans_pretrain.train.watch import describe_failure
@@ -112,7 +114,9 @@ def train(config: Config, grid: Grid) -> Progress:
         sequence_size=grid.sequence.size,
         start=progress.position,
         prefetch=config.data.prefetch,
+        skip_bad=config.data.on_bad == "skip",
     )
+    masked = MaskedRows(config.data.max_bad)
     first_step = progress.step
     try:
         while progress.step < config.num_steps:
@@ -126,10 +130,16 @@ def train(config: Config, grid: Grid) -> Progress:
             except UserError as error:
                 failure = error
             valid = sum(int((labels != -100).sum()) for _, labels in batch)
-            counted = grid.gather_numbers([valid, failure is not None])
+            counted = grid.gather_numbers([valid, failure is not None, len(loader.bad)])
             if counted[:, 1].any():
                 grid.raise_agreed(failure)
+            if counted[:, 2].any():
+                for line in masked.agree(batch, loader.bad, grid, progress.step + 1):
+                    report.say(line)
+                counted = grid.gather_numbers([sum(int((labels != -100).sum()) for _, labels in batch)])
             num_valid = float(grid.distinct(counted)[:, 0].sum())
+            if not num_valid:
+                masked.stop_empty(progress.step + 1)
             scale = grid.replica.size / num_valid
             next_progress = Progress(progress.step + 1, loader.position, progress.tokens + config.data.batch_tokens)
             rate = learning_rate(next_progress.tokens, config.schedule, config.optimizer)
@@ -166,7 +176,8 @@ def train(config: Config, grid: Grid) -> Progress:
                 learning_rate=rate,
                 seconds=time.perf_counter() - started,
                 memory_bytes=float(shared[:, 1].max()),
-                signals=dict(zip(signals, shared[:, 2:].mean(0).tolist(), strict=True)),
+                signals=dict(zip(signals, shared[:, 2:].mean(0).tolist(), strict=True))
+                | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
             )
 
             # Evaluate and save
@@ -182,6 +193,8 @@ def train(config: Config, grid: Grid) -> Progress:
             if stopping:
                 break
         report.summary(progress, shards.unigram_entropy, last_saved)
+        if masked.total:
+            report.say(masked.summary())
     except AgreedError as error:
         report.note(f"stopped: {error}")
         raise
@@ -200,7 +213,7 @@ def open_dataset(config: Config) -> ShardSet:
     """The dataset at data.path."""
     if not config.data.path:
         raise UserError("data.path is empty: set it to a folder written by tokenizer/build_shards.py")
-    return ShardSet.open(config.data.path)
+    return ShardSet.open(config.data.path, Cache.of(config.data), skip_bad=config.data.on_bad == "skip")
 
 
 def resolve(config: Config, shards: ShardSet) -> Config:
