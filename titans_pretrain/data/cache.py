@@ -66,15 +66,19 @@ class Cache:
         """Where the file of this content from `url` lies, if it is here."""
         return self.directory / f"{hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:16]}-{name}"
 
-    def open(self, url: str, name: str, sha256: str, size: int | None, wait: bool = True) -> HeldFile | None:
+    def open(
+        self, url: str, name: str, sha256: str, size: int | None, *, wait: bool = True, patience: float = PATIENCE
+    ) -> HeldFile | None:
         """The file at `url`, downloaded if it is not here; it stays until closed.
 
         Args:
             sha256, size: what it must be; size None: not known.
             wait: False: None where another process is downloading it or there is no room now.
+            patience: seconds to wait for room.
 
         Raises:
             TransferError: it cannot be had, or is not what it must be.
+            NoRoomError: what lies in the folder is in use.
             UserError: the folder cannot be written, or its disk or the bound is full.
         """
         path = self.path_of(url, name, sha256)
@@ -88,7 +92,7 @@ class Cache:
                     if not mine:
                         return None
                     if not self._is_here(path, size):
-                        self._download(url, path, sha256, size, wait)
+                        self._download(url, path, sha256, size, patience if wait else 0.0)
         except NoRoomError:
             if wait:
                 raise
@@ -109,7 +113,7 @@ class Cache:
 
     def _is_here(self, path: Path, size: int | None) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return size is None or path.stat().st_size == size
+            return size in (None, path.stat().st_size)
         return False
 
     def _open_here(self, path: Path, size: int | None) -> HeldFile | None:
@@ -134,15 +138,15 @@ class Cache:
                     os.close(descriptor)
             # Evicted between opening and locking.
 
-    def _download(self, url: str, path: Path, sha256: str, size: int | None, wait: bool) -> None:
+    def _download(self, url: str, path: Path, sha256: str, size: int | None, patience: float) -> None:
         """Bring the file; its lock is held."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while True:
             try:
                 temporary = self._reserve(path, size or 0)
                 break
             except NoRoomError:
-                if not wait or time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
                     raise
                 time.sleep(0.2)
         try:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titans_pretrain.config import DataConfig
-from titans_pretrain.data.cache import Cache, HeldFile
+from titans_pretrain.data.cache import PATIENCE, Cache, HeldFile, NoRoomError
 from titans_pretrain.data.damage import DamageError
 from titans_pretrain.data.location import scheme_of, shown, url_of
 from titans_pretrain.data.manifest import (
@@ -41,7 +41,7 @@ class RemoteFolder:
         self._lock = threading.Lock()
         self._failed: dict[str, tuple[float, str]] = {}
         self._wanted: list[ShardEntry] = []
-        self._ahead: dict[str, tuple[HeldFile, int]] = {}
+        self._ahead: dict[str, HeldFile] = {}
         self._thread: threading.Thread | None = None
 
     def url(self, name: str) -> str:
@@ -88,26 +88,31 @@ class RemoteFolder:
                 f"cannot get the tokenizer that made the shards: {error}; copy the dataset again"
             ) from error
 
-    def open(self, entry: ShardEntry, in_use: int = 0) -> HeldFile:
+    def open(self, entry: ShardEntry, patience: float = PATIENCE) -> HeldFile:
         """The shard's file, downloaded if need be.
 
         Args:
-            in_use: bytes of the shards that the caller holds.
+            patience: seconds to wait until others make room in the cache.
 
         Raises:
             DamageError: it cannot be had, or is not what the manifest says.
-            UserError: the cache cannot take it.
+            NoRoomError: the cache is full of files in use.
+            UserError: the cache cannot be written.
         """
         with self._lock:
             if entry.name in self._ahead:
-                return self._ahead.pop(entry.name)[0]
+                return self._ahead.pop(entry.name)
             when, sentence = self._failed.get(entry.name, (0.0, ""))
             if sentence and time.monotonic() - when < FORGIVE:
                 raise DamageError(sentence, entry.name)
-            if in_use + entry.bytes + sum(size for _, size in self._ahead.values()) > self.cache.limit:
-                self._drop_ahead(set())
+        url = self.url(entry.name)
         try:
-            held = self.cache.open(self.url(entry.name), entry.name, entry.sha256, entry.bytes)
+            try:
+                held = self.cache.open(url, entry.name, entry.sha256, entry.bytes, patience=0.0)
+            except NoRoomError:
+                with self._lock:
+                    self._drop_ahead(set())  # what is needed now goes before what is needed later
+                held = self.cache.open(url, entry.name, entry.sha256, entry.bytes, patience=patience)
         except TransferError as error:
             sentence = f"cannot get shard {entry.name}: {error}; copy the file there again or mend the way to it"
             with self._lock:
@@ -133,7 +138,7 @@ class RemoteFolder:
 
     def _drop_ahead(self, but: set[str]) -> None:
         for name in [name for name in self._ahead if name not in but]:
-            self._ahead.pop(name)[0].close()
+            self._ahead.pop(name).close()
 
     def _fetch_next(self) -> float | None:
         """One shard of those wanted -> seconds until the next attempt; None when nothing is left."""
@@ -150,7 +155,7 @@ class RemoteFolder:
             pass  # whoever needs it will meet the error, and say it
         with self._lock:
             if held is not None and all(entry.name != other for other in self._ahead):
-                self._ahead[entry.name] = (held, entry.bytes)
+                self._ahead[entry.name] = held
             if again:
                 self._wanted.append(entry)
         return _POLL if again else 0.0

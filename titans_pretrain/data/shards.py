@@ -21,7 +21,7 @@ import numpy as np
 
 from titans_pretrain.config import DataConfig
 from titans_pretrain.data.atomic import sha256_of
-from titans_pretrain.data.cache import Cache, HeldFile
+from titans_pretrain.data.cache import PATIENCE, Cache, HeldFile, NoRoomError
 from titans_pretrain.data.damage import DamageError
 from titans_pretrain.data.fetch import FORGIVE, RemoteFolder
 from titans_pretrain.data.location import scheme_of
@@ -174,12 +174,14 @@ class ShardSet:
     def _open_file(self, entry: ShardEntry) -> ShardFile:
         if self._remote is None:
             return ShardFile(Path(self.path) / entry.name)
-        while self._open and self._bytes_open() + entry.bytes > self._remote.cache.limit:
-            self._open.popitem(last=False)[1].close()
-        return ShardFile(self._remote.shown(entry.name), self._remote.open(entry, self._bytes_open()), str(self.path))
-
-    def _bytes_open(self) -> int:
-        return sum(file.size for file in self._open.values())
+        while True:
+            try:
+                held = self._remote.open(entry, patience=0.0 if self._open else PATIENCE)
+                return ShardFile(self._remote.shown(entry.name), held, str(self.path))
+            except NoRoomError:
+                if not self._open:
+                    raise
+                self._open.popitem(last=False)[1].close()  # the cache is smaller than a window
 
     def _may_fetch_again(self, entry: ShardEntry) -> bool:
         """Drop a damaged copy of a remote shard, unless that was done a moment ago."""
