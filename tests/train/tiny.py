@@ -17,8 +17,18 @@ VOCAB_SIZE = 61
 SEQ_LEN = 32
 
 
-def make_dataset(folder: Path, *, seed: int = 0, tokenizer: bytes = b"a tokenizer", sequences: int = 200) -> Path:
-    """Shards of a noisy cycle through the vocabulary, which a model learns in a few steps."""
+def make_dataset(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tokenizer: bytes = b"a tokenizer",
+    sequences: int = 200,
+    doc_tokens: int = 0,
+    shard_tokens: int = 1 << 20,
+    block_tokens: int = 1 << 11,
+) -> Path:
+    """Shards of a noisy cycle through the vocabulary, which a model learns in a few steps; in one document, or in ones of
+    `doc_tokens` (a shard ends with a document)."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     (folder / "tokenizer.model").write_bytes(tokenizer)
@@ -26,8 +36,9 @@ def make_dataset(folder: Path, *, seed: int = 0, tokenizer: bytes = b"a tokenize
     for split, count in (("train", sequences), ("valid", 20)):
         steps = generator.choice([1, 2, 5], size=count * SEQ_LEN + 1, p=[0.8, 0.1, 0.1])
         tokens = (np.cumsum(steps) % VOCAB_SIZE).astype(np.uint16)
-        with ShardWriter(folder, split, VOCAB_SIZE, shard_tokens=1 << 20, block_tokens=1 << 11) as writer:
-            writer.write(tokens, np.array([len(tokens)]))
+        with ShardWriter(folder, split, VOCAB_SIZE, shard_tokens=shard_tokens, block_tokens=block_tokens) as writer:
+            for doc in np.split(tokens, range(doc_tokens, len(tokens), doc_tokens)) if doc_tokens else [tokens]:
+                writer.write(doc, np.array([len(doc)]))
         writers[split] = writer
     manifest = Manifest(
         dtype=dtype_for(VOCAB_SIZE),
