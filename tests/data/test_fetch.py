@@ -24,7 +24,7 @@ from titans_pretrain.data import shards as shards_module
 from titans_pretrain.data import stream as stream_module
 from titans_pretrain.data import transfer as transfer_module
 from titans_pretrain.data.cache import Cache
-from titans_pretrain.data.damage import DamageError
+from titans_pretrain.data.damage import DamageError, read_rows
 from titans_pretrain.data.location import scheme_of, shown, url_of
 from titans_pretrain.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest
 from titans_pretrain.data.shards import ShardSet, verify
@@ -229,12 +229,26 @@ def test_damage_at_the_other_end(
     harm(dataset)
     with pytest.raises(DamageError, match=r"cannot get shard train-00001.tar: http://127.*" + sentence) as caught:
         shards.read("train", 1, 0, 10)
-    assert caught.value.shard == "train-00001.tar"
+    assert caught.value.shard == f"{server.url}/train-00001.tar"
     shards.read("train", 0, 0, 10)
     assert "train-00001.tar" not in files_in(cache)
     problems = verify(server.url, cache)
     assert len(problems) == 1
     assert "train-00001.tar" in problems[0]
+
+
+def test_rows_of_a_shard_that_cannot_be_had_are_skipped_where_asked_for(
+    dataset: Path, server: FileServer, cache: Cache
+) -> None:
+    (dataset / "train-00001.tar").unlink()
+    stream = TokenStream(ShardSet.open(server.url, cache, skip_bad=True), "train", 16, seed=3)
+    rows, bad = read_rows(stream.sample, range(stream.num_sequences), 17, skip_bad=True)
+    expected = [number for number in range(stream.num_sequences) if stream.locate(number)[0] == 1]
+    assert [entry.row for entry in bad] == expected
+    assert len(expected) > 100
+    assert all("HTTP 404" in entry.sentence and entry.shard.startswith(server.url) for entry in bad)
+    assert not rows[expected].any()
+    assert server.count("train-00001.tar") <= 2  # by the reader and by the thread ahead of it, not for every row
 
 
 def test_tokenizer_or_manifest_missing(dataset: Path, server: FileServer, cache: Cache) -> None:

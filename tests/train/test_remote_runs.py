@@ -16,13 +16,20 @@ from tests.data.tiny import flip_byte
 from tests.distributed import run_distributed
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, losses, make_dataset, read_metrics, tiny_tree
+from titans_pretrain.data import transfer
 from titans_pretrain.data.manifest import read_manifest
 
 STEPS = 5
 
 
 def tree(data: Path | str, runs: Path, name: str, **overrides: Any) -> dict[str, Any]:
-    given = {"schedule__tokens": STEPS * 8 * SEQ_LEN, "run__name": name, "checkpoint__interval": 0, **overrides}
+    given = {
+        "model__num_layers": 1,
+        "schedule__tokens": STEPS * 8 * SEQ_LEN,
+        "run__name": name,
+        "checkpoint__interval": 0,
+        **overrides,
+    }
     result = tiny_tree(Path(), runs, **given)
     result["data"]["path"] = str(data)
     return result
@@ -31,20 +38,21 @@ def tree(data: Path | str, runs: Path, name: str, **overrides: Any) -> dict[str,
 def remote_job(environment: dict[str, str], *trees: dict[str, dict[str, Any]]) -> str | None:
     """`train_job` with variables that name a server: the process that ranks are forked from may be older than it."""
     os.environ.update(environment)
+    transfer.FIRST_PAUSE = 0.01
     return train_job(*trees)
 
 
 def test_http_s3_and_pipe_train_to_the_losses_of_local_files(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", doc_tokens=500, shard_tokens=1000)
     assert len(list(dataset.glob("train-*.tar"))) > 3
-    cache = {"data__cache_dir": str(tmp_path / "cache")}
+    settings = {"data__cache_dir": str(tmp_path / "cache"), "eval__tokens": 2 * SEQ_LEN}
     with serve(dataset) as server, serve_s3() as upload:
         bucket = upload(dataset)
         aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         server.faults["train-00001.tar"] = [("cut", 500), ("status", 503)]
         server.faults["train-00002.tar"] = [("flip", 600)]
         places = {"local": dataset, "http": server.url, "s3": bucket, "pipe": f"pipe:cat {dataset}/{{name}}"}
-        trees = [tree(place, tmp_path, name, **cache) for name, place in places.items()]
+        trees = [tree(place, tmp_path, name, **settings) for name, place in places.items()]
         assert run_distributed(remote_job, 2, aws, *trees) == [None, None]
         assert server.count("train-00000.tar") == 1  # two ranks, one download
     expected = losses(tmp_path / "local")
@@ -87,8 +95,8 @@ def test_masked_rows_are_counted_and_the_same_in_every_layout(tmp_path: Path) ->
     for name in layouts:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=2e-4), name
         log = (tmp_path / name / "log" / "rank_0.txt").read_text()
-        assert "masked for train-00000.tar" in log
-        assert f"{total} rows were masked since this start: {total} of train-00000.tar" in log
+        assert f"masked for {broken}/train-00000.tar" in log
+        assert f"{total} rows were masked since this start: {total} of {broken}/train-00000.tar" in log
         assert "block" in log
     # On sound data the setting changes nothing but the metric.
     trees = [tree(dataset, tmp_path, "skip", **skip), tree(dataset, tmp_path, "raise")]
@@ -146,11 +154,9 @@ def test_too_many_bad_rows_or_a_step_of_nothing_else_stop_the_run(tmp_path: Path
     shutil.copytree(dataset, gone)
     (gone / "train-00000.tar").unlink()
     found = run_distributed(train_job, 2, tree(gone, tmp_path, "gone", data__on_bad="skip"))
-    assert (
-        found
-        == ["every row of step 1 is masked, so there is nothing to train on (8 of train-00000.tar): restore the data"]
-        * 2
-    )
+    blamed = f"8 of {gone}/train-00000.tar"
+    sentence = f"every row of step 1 is masked, so there is nothing to train on ({blamed}): restore the data"
+    assert found == [sentence] * 2
 
 
 @pytest.mark.parametrize(

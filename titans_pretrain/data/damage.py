@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class DamageError(UserError):
-    """Tokens that are missing or not the ones that were written. `shard`: its name, where there is one to blame."""
+    """Tokens that are missing or not the ones that were written. `shard`: the file to blame, with its folder or URL."""
 
     def __init__(self, sentence: str, shard: str):
         super().__init__(sentence)
@@ -30,7 +30,7 @@ class BadRow(NamedTuple):
     row: int
     """Counted in this rank's share of the step."""
     shard: str
-    """Name of the shard that is to blame."""
+    """The shard that is to blame, with its folder or URL."""
     sentence: str
     """What is wrong with it."""
 

@@ -41,7 +41,8 @@ class RemoteFolder:
         self._lock = threading.Lock()
         self._failed: dict[str, tuple[float, str]] = {}
         self._wanted: list[ShardEntry] = []
-        self._ahead: dict[str, HeldFile] = {}
+        self._expected: set[str] = set()
+        self._ahead: dict[str, tuple[HeldFile, int]] = {}
         self._thread: threading.Thread | None = None
 
     def url(self, name: str) -> str:
@@ -101,10 +102,10 @@ class RemoteFolder:
         """
         with self._lock:
             if entry.name in self._ahead:
-                return self._ahead.pop(entry.name)
+                return self._ahead.pop(entry.name)[0]
             when, sentence = self._failed.get(entry.name, (0.0, ""))
             if sentence and time.monotonic() - when < FORGIVE:
-                raise DamageError(sentence, entry.name)
+                raise DamageError(sentence, self.shown(entry.name))
         url = self.url(entry.name)
         try:
             try:
@@ -117,7 +118,7 @@ class RemoteFolder:
             sentence = f"cannot get shard {entry.name}: {error}; copy the file there again or mend the way to it"
             with self._lock:
                 self._failed[entry.name] = (time.monotonic(), sentence)
-            raise DamageError(sentence, entry.name) from error
+            raise DamageError(sentence, self.shown(entry.name)) from error
         assert held is not None
         return held
 
@@ -128,8 +129,8 @@ class RemoteFolder:
     def expect(self, entries: Sequence[ShardEntry]) -> None:
         """Download these in the background, in this order, and keep them until they are opened or no longer expected."""
         with self._lock:
-            names = {entry.name for entry in entries}
-            self._drop_ahead(names)
+            self._expected = {entry.name for entry in entries}
+            self._drop_ahead(self._expected)
             self._wanted = [entry for entry in entries if entry.name not in self._ahead]
             if self._wanted and self._thread is None:
                 # The thread must not keep the folder alive: there is nobody to stop it.
@@ -138,7 +139,7 @@ class RemoteFolder:
 
     def _drop_ahead(self, but: set[str]) -> None:
         for name in [name for name in self._ahead if name not in but]:
-            self._ahead.pop(name).close()
+            self._ahead.pop(name)[0].close()
 
     def _fetch_next(self) -> float | None:
         """One shard of those wanted -> seconds until the next attempt; None when nothing is left."""
@@ -147,15 +148,20 @@ class RemoteFolder:
                 self._thread = None
                 return None
             entry = self._wanted.pop(0)
-        held, again = None, False
+            # What lies ready stays below half the bound, or it could leave no room for what is needed first.
+            ready = entry.bytes + sum(size for _, size in self._ahead.values())
+        held, again = None, True
         try:
-            held = self.cache.open(self.url(entry.name), entry.name, entry.sha256, entry.bytes, wait=False)
-            again = held is None  # another process brings it, or there is no room: the next one first
+            if 2 * ready <= self.cache.limit:
+                held = self.cache.open(self.url(entry.name), entry.name, entry.sha256, entry.bytes, wait=False)
+                again = held is None  # another process brings it, or there is no room: the next one first
         except (TransferError, UserError):
-            pass  # whoever needs it will meet the error, and say it
+            again = False  # whoever needs it will meet the error, and say it
         with self._lock:
-            if held is not None and all(entry.name != other for other in self._ahead):
-                self._ahead[entry.name] = held
+            if entry.name not in self._expected:  # not any more
+                return 0.0
+            if held is not None:
+                self._ahead[entry.name] = (held, entry.bytes)
             if again:
                 self._wanted.append(entry)
         return _POLL if again else 0.0

@@ -110,6 +110,10 @@ class ShardSet:
             )
         return split
 
+    @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
     def num_tokens(self, split: str) -> int:
         """Tokens in split "train" or "valid"."""
         return self.split(split).tokens
@@ -207,7 +211,7 @@ class ShardSet:
             raise DamageError(
                 f"shard {file.path} is damaged: block {block} has CRC {actual:08x} but was written with {expected:08x}; "
                 f"{file.remedy}",
-                file.name,
+                str(file.path),
             )
         index.checked[block] = True
 
@@ -223,7 +227,6 @@ class ShardFile:
 
     def __init__(self, path: Path | str, held: HeldFile | None = None, dataset: str = ""):
         self.path = path
-        self.name = Path(path).name
         where = shlex.quote(dataset or str(Path(path).parent))
         self.remedy = f"restore the file or build the dataset again ({VERIFY_COMMAND} {where} checks all)"
         self._held = held
@@ -231,7 +234,7 @@ class ShardFile:
             self._descriptor = held.descriptor if held else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._descriptor).st_size
         except OSError as error:
-            raise DamageError(f"cannot open shard {path}: {error.strerror}; {self.remedy}", self.name) from error
+            raise DamageError(f"cannot open shard {path}: {error.strerror}; {self.remedy}", str(path)) from error
 
     def __del__(self) -> None:
         self.close()
@@ -257,13 +260,14 @@ class ShardFile:
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)
             except OSError as error:
                 raise DamageError(
-                    f"cannot read shard {self.path} at byte {offset + done}: {error.strerror}; {self.remedy}", self.name
+                    f"cannot read shard {self.path} at byte {offset + done}: {error.strerror}; {self.remedy}",
+                    str(self.path),
                 ) from error
             if count == 0:
                 raise DamageError(
                     f"shard {self.path} ends at byte {self.size}, before byte {offset + len(view)}, where it has data by its "
                     f"index; {self.remedy}",
-                    self.name,
+                    str(self.path),
                 )
             done += count
 
@@ -283,7 +287,7 @@ class BlockIndex:
             raise DamageError(
                 f"the block index of shard {file.path} is damaged: CRC {_crc32(content):08x}, but the manifest says "
                 f"{entry.index_crc32:08x}; {file.remedy}",
-                file.name,
+                str(file.path),
             )
         self.table: list[dict[str, int]] = json.loads(content.tobytes())["blocks"]
         self.tokens = np.array([block["tokens"] for block in self.table], dtype=np.int64)

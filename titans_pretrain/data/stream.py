@@ -93,7 +93,9 @@ class TokenStream:
         return order.locate(position)
 
     def _announce(self, index: int) -> None:
-        """Tell the shards, once for each window, which of them are read now and next."""
+        """Tell the shards of a remote dataset, once for each window, which of them are read now and next."""
+        if not self.shards.is_remote:
+            return
         assert self._order is not None
         epoch, position = divmod(index, self.num_sequences)
         window = self._order.window(position)
