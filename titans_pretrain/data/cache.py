@@ -126,7 +126,10 @@ class Cache:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 state = os.fstat(descriptor)
                 if state.st_nlink and size in (None, state.st_size):
-                    os.utime(descriptor)  # the order of eviction; access times are often switched off
+                    # The order of eviction: access times are often switched off, and the system's own clock has steps of
+                    # milliseconds.
+                    now = time.time_ns()
+                    os.utime(descriptor, ns=(now, now))
                     held = HeldFile(path, descriptor)
                     descriptor = -1
                     return held
@@ -160,7 +163,9 @@ class Cache:
                     break
                 if last:
                     raise TransferError(f"{shown(url)} arrived twice with SHA-256 {actual}, not {sha256}", lasting=True)
-            os.replace(temporary, path)
+            # Not while somebody adds up what is here: it could miss the file under both names.
+            with _lock(self.directory / ".lock", wait=True, keep=True):
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
