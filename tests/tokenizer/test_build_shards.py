@@ -112,11 +112,10 @@ def test_manifest_says_what_is_there(built: Path, tokenizer: Path, texts: list[s
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_output_does_not_depend_on_workers_or_batches(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: Path, text_dir: Path, tokenizer: Path, workers: int
+def test_output_does_not_depend_on_workers_or_units(
+    tmp_path: Path, built: Path, text_dir: Path, tokenizer: Path, workers: int
 ) -> None:
-    monkeypatch.setattr(encode, "_BATCH_BYTES", 5000)  # many batches in flight
-    more = ("--shard-tokens", 3000, "--block-tokens", 1000, "--workers", workers)
+    more = ("--shard-tokens", 3000, "--block-tokens", 1000, "--workers", workers, "--unit-bytes", 5000)
     build(tokenizer, tmp_path / "d", *more, input_=[text_dir])
     assert files(tmp_path / "d") == files(built)
 
