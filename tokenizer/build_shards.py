@@ -40,7 +40,7 @@ from tokenizer.encode import EncodeOptions, load_tokenizer
 from tokenizer.inspect_shards import histogram_lines, inspect_command, verify_command
 from tokenizer.progress import Progress
 from tokenizer.read_text import Source, add_input_options, check_input_options, find_sources, total_bytes
-from tokenizer.units import UnitStore, cut_units, unit_settings
+from tokenizer.units import UnitStore, cut_units, unit_settings, units_left
 from tokenizer.workers import StoppedError, encode_units
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def build(arguments: Sequence[str]) -> None:
             manifest, assembly = _write_dataset(args, sources, units, directory, tokenizer, tokenizer_sha256, packing)
         units.remove()
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror}") from error
+        go_on = "; start the same command again to go on" if units_left(args.output) else ""
+        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror}{go_on}") from error
     _report(args.output, manifest, assembly, time.monotonic() - started)
 
 
@@ -217,7 +218,7 @@ def _write_dataset(
     options = EncodeOptions(args.text_key, args.bos, args.eos, args.val_fraction, args.min_chars)
     first, start = units.resume_at()
     if units.done:
-        print(f"going on with {len(units.done)} units that an unfinished build left", file=sys.stderr, flush=True)
+        print(f"going on with {len(units.done)} units that an unfinished build left", flush=True)
     missing = cut_units(
         sources, text_key=args.text_key, doc_sep=args.doc_sep, unit_bytes=args.unit_bytes, first=first, start=start
     )

@@ -8,6 +8,7 @@ content.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -94,8 +95,7 @@ class UnitStore:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], *, restart: bool):
-        output = output.resolve()
-        self.directory = output.with_name(f".{output.name}.units")
+        self.directory = _directory(output)
         settings = json.loads(json.dumps(settings))
         self.done: set[int] = set()
         """Numbers of the units that an earlier build left."""
@@ -148,7 +148,7 @@ class UnitStore:
         first = 0
         while first in self.done:
             first += 1
-        return (first, Position(*self._record(first - 1)["end"])) if first else (0, Position())
+        return (first, self._end_of(first - 1)) if first else (0, Position())
 
     def load(self, number: int) -> tuple[EncodedBatch, int]:
         """A unit and the bytes of input that it came from.
@@ -156,26 +156,39 @@ class UnitStore:
         Raises:
             UserError: its file is damaged.
         """
-        record = self._record(number)
-        with np.load(self._path(number)) as content:
+        with self._opened(number) as content:
+            record = json.loads(content["record"].tobytes())
             splits = {
                 split: EncodedSplit(*(content[f"{split}.{field.name}"] for field in dataclasses.fields(EncodedSplit)))
                 for split in SPLITS
             }
         return EncodedBatch(splits, Tally.of(record["tally"])), record["consumed"]
 
-    def _path(self, number: int) -> Path:
-        return unit_path(self.directory, number)
+    def _end_of(self, number: int) -> Position:
+        with self._opened(number) as content:
+            return Position(*json.loads(content["record"].tobytes())["end"])
 
-    def _record(self, number: int) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _opened(self, number: int) -> Iterator[np.lib.npyio.NpzFile]:
+        path = unit_path(self.directory, number)
         try:
-            with np.load(self._path(number)) as content:
-                return json.loads(content["record"].tobytes())
+            with np.load(path) as content:
+                yield content
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            raise UserError(f"{self._path(number)} is damaged: add --restart to begin the build anew") from None
+            raise UserError(f"{path} is damaged: add --restart to begin the build anew") from None
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def units_left(output: Path) -> bool:
+    """Whether a build of `output` that did not finish can go on."""
+    return _directory(output).exists()
+
+
+def _directory(output: Path) -> Path:
+    output = output.resolve()
+    return output.with_name(f".{output.name}.units")
 
 
 def unit_path(directory: Path, number: int) -> Path:
