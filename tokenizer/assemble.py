@@ -12,6 +12,7 @@ import numpy as np
 
 from titans_pretrain.data.manifest import SPLITS, Packing, SplitEntry
 from titans_pretrain.data.packing import PackedWriter
+from titans_pretrain.data.structure import length_histogram
 from titans_pretrain.data.writer import ShardWriter, unigram_entropy
 from tokenizer.documents import Tally
 from tokenizer.duplicates import SeenHashes
@@ -102,11 +103,6 @@ class Assembly:
 
     def unigram_entropy(self) -> float:
         return unigram_entropy(self._writers["train"].token_counts)
-
-
-def length_histogram(lengths: np.ndarray) -> np.ndarray:
-    """How many of `lengths` (int64 [n], each above 0) have 2^k <= length < 2^(k + 1), int64 [largest k + 1]."""
-    return np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1) if len(lengths) else np.zeros(0, dtype=np.int64)
 
 
 def _added(first: np.ndarray, second: np.ndarray) -> np.ndarray:

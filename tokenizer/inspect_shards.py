@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,18 @@ from tokenizer.encode import load_tokenizer
 
 def verify_command(arguments: Sequence[str]) -> None:
     """`verify DIR`."""
-    parser = argparse.ArgumentParser(prog="build_shards.py verify", description="Compare a dataset with its checksums.")
+    parser = argparse.ArgumentParser(
+        prog="build_shards.py verify",
+        description="Compare a dataset with its checksums, and see that documents and rows lie as its manifest says.",
+    )
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args(arguments).directory
-    from titans_pretrain.data.shards import verify
+    from titans_pretrain.data.shards import ShardSet, verify
+    from titans_pretrain.data.structure import structure_problems
 
     problems = verify(directory)
+    if not problems:
+        problems = list(structure_problems(ShardSet.open(directory)))
     for problem in problems:
         print(problem)
     if problems:
@@ -31,28 +38,61 @@ def verify_command(arguments: Sequence[str]) -> None:
 def inspect_command(arguments: Sequence[str]) -> None:
     """`inspect DIR`."""
     parser = argparse.ArgumentParser(
-        prog="build_shards.py inspect", description="Show a sequence of a dataset as text."
+        prog="build_shards.py inspect",
+        description="Show how a dataset was built, how long its documents are, and a sequence of it as text.",
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument(
         "--sample", type=int, default=0, metavar="N", help="which sequence, in the order on disk (default: 0)"
     )
-    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="tokens per sequence (default: 256, or the rows of a packed dataset)",
+    )
     args = parser.parse_args(arguments)
     from titans_pretrain.data.shards import ShardSet
     from titans_pretrain.data.stream import TokenStream
 
     shards = ShardSet.open(args.directory)
-    stream = TokenStream(shards, args.split, args.seq_len, seed=0, shuffle=False)
+    packing = shards.manifest.packing
+    if packing and args.seq_len not in (None, packing.seq_len):
+        raise UserError(
+            f"{args.directory} is packed in rows of {packing.seq_len} tokens: drop --seq-len {args.seq_len}"
+        )
+    seq_len = packing.seq_len if packing else 256 if args.seq_len is None else args.seq_len
+    if seq_len < 1:
+        raise UserError(f"--seq-len must be 1 or more, not {seq_len}")
+    stream = TokenStream(shards, args.split, seq_len, seed=0, shuffle=False)
     if not 0 <= args.sample < stream.num_sequences:
         raise UserError(f"--sample must lie between 0 and {stream.num_sequences - 1}, not {args.sample}")
-    tokens = stream.sample(args.sample)
     tokenizer, _ = load_tokenizer(shards.tokenizer_path)
+    shard, sequence = stream.locate(args.sample)
+    tokens = stream.row(args.sample).tokens if packing else stream.sample(args.sample)
+    ends = shards.document_ends(args.split, shard, sequence * seq_len, len(tokens)).tolist()
+    print("built with " + ", ".join(f"{name} {value!r}" for name, value in _built_with(shards.manifest)))
+    for line in histogram_lines(shards.manifest):
+        print(line)
     print(
-        f"{args.split} sequence {args.sample} of {stream.num_sequences}, {len(tokens)} tokens: {tokens[:12].tolist()} ..."
+        f"{args.split} sequence {args.sample} of {stream.num_sequences}, {len(tokens)} tokens in {args.split} shard {shard}:"
     )
-    print(tokenizer.decode(tokens.tolist()))
+    for begin, end in itertools.pairwise([0, *ends, *([len(tokens)] if not ends or ends[-1] < len(tokens) else [])]):
+        if packing and tokens[begin] == packing.pad:
+            print(f"--- {begin} to {end}: padding")
+            continue
+        open_end = "" if end in ends else ", goes on"
+        print(f"--- {begin} to {end}: {end - begin} tokens{open_end}: {_some(tokens[begin:end].tolist())}")
+        print(tokenizer.decode(tokens[begin:end].tolist()))
+
+
+def _built_with(manifest: Manifest) -> list[tuple[str, object]]:
+    return [(name, value) for name, value in manifest.options.items() if name != "document_lengths"]
+
+
+def _some(ids: list[int]) -> str:
+    return f"[{', '.join(map(str, ids[:6]))}{', ...' if len(ids) > 6 else ''}]"
 
 
 def histogram_lines(manifest: Manifest) -> list[str]:
