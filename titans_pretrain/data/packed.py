@@ -58,10 +58,12 @@ def read_row(shards: ShardSet, packing: Packing, split: str, shard: int, row: in
     length = packing.seq_len
     tokens = shards.read(split, shard, row * length, length).astype(np.int64)
     ends = shards.document_ends(split, shard, row * length, length)
-    begins = np.concatenate([[0], ends[:-1]])
+    begins = np.zeros_like(ends)
+    begins[1:] = ends[:-1]
     padding = tokens[begins] == packing.pad
-    labels = np.append(tokens[1:], IGNORED)
-    labels[ends - 1] = IGNORED
+    labels = np.empty_like(tokens)
+    labels[:-1] = tokens[1:]
+    labels[ends - 1] = IGNORED  # the row's end is among them
     for begin, end in zip(begins[padding].tolist(), ends[padding].tolist(), strict=True):
         labels[begin:end] = IGNORED
     starts = np.zeros(length, dtype=bool)

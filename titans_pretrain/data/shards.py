@@ -134,11 +134,15 @@ class ShardSet:
         with self._lock:
             file = self._file(entry)
             index = self._index(entry, file)
-            first = int(np.searchsorted(index.starts, start, side="right")) - 1
-            last = int(np.searchsorted(index.starts, start + count, side="left")) - 1
-            ends = [self._block_ends(file, index, block) + index.starts[block] for block in range(first, last + 1)]
-        found = np.concatenate(ends) - start
-        return found[np.searchsorted(found, 1) : np.searchsorted(found, count, side="right")]
+            found = []
+            for block in range(int(index.starts.searchsorted(start, side="right")) - 1, len(index.starts)):
+                skip = start - int(index.starts[block])
+                if skip + count <= 0:
+                    break
+                ends = self._block_ends(file, index, block)
+                first, last = ends.searchsorted((skip + 1, skip + count + 1))
+                found.append(ends[first:last] - skip)
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _block_ends(self, file: ShardFile, index: BlockIndex, block: int) -> np.ndarray:
         """int64 [docs], counted from the block's start."""
