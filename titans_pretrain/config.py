@@ -432,6 +432,12 @@ class StepPlan:
         stage = self._stage(step)
         return self._tokens[stage] + (step - self._steps[stage]) * self._sizes[stage]
 
+    def past(self, step: int) -> list[tuple[int, int]]:
+        """(first step, batch tokens) of all that began before `step` was made, the size that holds at the start included."""
+        stages = [(first, size) for first, size in zip(self._steps, self._sizes, strict=True) if first < max(step, 1)]
+        # A stage that was passed over whole left nothing.
+        return [stage for stage, after in zip(stages, [*stages[1:], (None, 0)], strict=True) if after[0] != stage[0]]
+
     def _stage(self, step: int) -> int:
         # Of stages that start at one step, being passed over whole, the last counts.
         return max(0, bisect.bisect_right(self._steps, step) - 1)

@@ -7,6 +7,7 @@ epochs included. A mixture of one source is that source.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,12 @@ class Sources:
         """Those of the start, summing to 1."""
         total = sum(source.weight for source in self.sources)
         return [source.weight / total for source in self.sources]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all datasets; of one, its own."""
+        digests = [source.shards.fingerprint for source in self.sources]
+        return hashlib.sha256("".join(digests).encode()).hexdigest() if self.several else digests[0]
 
     @property
     def vocab_size(self) -> int:

@@ -94,6 +94,10 @@ class ShardSet:
             )
         return split
 
+    def has_tokens(self, split: str) -> bool:
+        """Whether split "train" or "valid" holds any."""
+        return split in self.manifest.splits and self.manifest.splits[split].tokens > 0
+
     def num_tokens(self, split: str) -> int:
         """Tokens in split "train" or "valid"."""
         return self.split(split).tokens
