@@ -85,27 +85,28 @@ def test_other_numbers_of_processes_and_back_equal_the_uninterrupted_run(folders
 def test_a_ramp_equals_runs_of_either_batch_size(
     stage: int, micro_batch: int, folders: list[Path], tmp_path: Path
 ) -> None:
-    """1, 2 and 4 micro-batches a step under every way of accumulating them, and a share that is one micro-batch."""
+    """2, 8 and 4 micro-batches a step (half so many of two sequences) under every way of accumulating them, and a share that
+    is one micro-batch."""
 
     def tree(name: str, **overrides: Any) -> dict[str, Any]:
-        few = {"schedule__tokens": 9 * BATCH, "eval__tokens": SEQ_LEN, "data__micro_batch": micro_batch}
+        few = {"schedule__tokens": 8 * BATCH, "eval__tokens": SEQ_LEN, "data__micro_batch": micro_batch}
         return tree_of(folders, tmp_path, name, engine__zero_stage=stage, **few, **overrides)
 
     half, twice = {"data__batch_tokens": BATCH // 2}, {"data__batch_tokens": 2 * BATCH}
-    ramp = [{"tokens": 2 * BATCH - 9, "batch_tokens": 2 * BATCH}, {"tokens": 6 * BATCH, "batch_tokens": BATCH}]
+    ramp = [{"tokens": BATCH + 1, "batch_tokens": 2 * BATCH}, {"tokens": 5 * BATCH, "batch_tokens": BATCH}]
     trees = [
         tree("ramp", data__batch_ramp=ramp, **half),
-        tree("pieces", run__stop_after=4, **half),
+        tree("pieces", run__stop_after=3, **half),
         tree("pieces", run__stop_after=2, run__new_phase=True, **twice),
         tree("pieces", run__new_phase=True),
     ]
     assert run_distributed(train_job, 2, *trees) == [None] * 2
-    assert len(losses(tmp_path / "ramp")) == 4 + 2 + 3
+    assert len(losses(tmp_path / "ramp")) == 3 + 2 + 3
     assert losses(tmp_path / "ramp") == losses(tmp_path / "pieces")
     rows = [row["tokens"] for row in read_metrics(tmp_path / "pieces") if "loss" in row]
-    assert rows == [BATCH * n // 2 for n in (1, 2, 3, 4, 8, 12, 14, 16, 18)]
+    assert rows == [BATCH * n // 2 for n in (1, 2, 3, 7, 11, 13, 15, 17)]
     log = (tmp_path / "pieces" / "log" / "rank_0.txt").read_text()
-    assert "a new phase begins at step 4: data.batch_tokens: 128 -> 512" in log
+    assert "a new phase begins at step 3: data.batch_tokens: 128 -> 512" in log
 
 
 def test_a_new_phase_reads_new_data_from_its_beginning_and_goes_on_in_it(folders: list[Path], tmp_path: Path) -> None:
