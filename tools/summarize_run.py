@@ -100,7 +100,9 @@ def summarize(run: Path) -> list[tuple[str, str]]:
 
 def sources_text(metrics: Metrics) -> list[tuple[str, str]]:
     """What each source of a mixture has served, from the last step that says so."""
-    said = next((row for row in reversed(metrics.steps) if any(key.startswith("tokens/") for key in row)), {})
+    said: dict[str, Any] = next(
+        (row for row in reversed(metrics.steps) if any(key.startswith("tokens/") for key in row)), {}
+    )
     served = {key.removeprefix("tokens/"): tokens for key, tokens in said.items() if key.startswith("tokens/")}
     return [
         (

@@ -232,7 +232,7 @@ def test_forty_thousand_shards_are_located_in_bounded_time_and_memory() -> None:
     each = (time.process_time() - started) / 2000
     started = time.process_time()
     for epoch in range(5):
-        stream.prepare(np.arange(512) + epoch * 10**9)
+        stream.places(np.arange(512) + epoch * 10**9)
     together = (time.process_time() - started) / 5 / 512
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

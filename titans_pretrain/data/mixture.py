@@ -141,19 +141,28 @@ class Mixture:
         """Where all sources are packed alike; rows of sources packed and not may be mixed."""
         dtypes = {stream.raw_dtype for stream in self.streams}
         self.raw_dtype: np.dtype[Any] | None = dtypes.pop() if len(dtypes) == 1 else None
-        self._placed: dict[int, tuple[int, int]] = {}
 
     def place(self, index: int) -> tuple[int, int]:
         """(source, number in the source's own stream) of sequence `index`."""
-        return self._placed.get(index) or self.blend.place(index)
+        return self.blend.place(index)
 
-    def prepare(self, indices: np.ndarray) -> None:
-        """Locate many sequences at once; remembers these alone."""
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """`locate` of many at once: int64 [n] -> int64 [n, 3]."""
         sources, numbers = self.blend.places(indices)
+        places = np.empty((len(indices), 3), dtype=np.int64)
+        places[:, 0] = sources
         for source, stream in enumerate(self.streams):
-            stream.prepare(numbers[sources == source])
-        places = zip(sources.tolist(), numbers.tolist(), strict=True)
-        self._placed = dict(zip(indices.tolist(), places, strict=True))
+            mine = sources == source
+            places[mine, 1:] = stream.places(numbers[mine])
+        return places
+
+    def read_places(
+        self, places: np.ndarray, rows: Sequence[np.ndarray] | np.ndarray, part: int = 0, parts: int = 1
+    ) -> None:
+        """As TokenStream.read_places; source by source."""
+        for source, stream in enumerate(self.streams):
+            mine = np.flatnonzero(places[:, 0] == source)
+            stream.read_places(places[mine, 1:], [rows[row] for row in mine.tolist()], part, parts)
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """(source, shard number, sequence number inside it) of sequence `index`."""

@@ -12,7 +12,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,23 +114,45 @@ class ShardSet:
 
     def read_into(self, split: str, shard: int, start: int, tokens: np.ndarray) -> None:
         """`read` into a contiguous array of the dataset's dtype, as many as it holds."""
-        entry, count = self.split(split).shards[shard], len(tokens)
-        assert start >= 0
-        assert start + count <= entry.tokens
+        self.read_rows(split, [shard], [start], [tokens])
+
+    def read_rows(
+        self, split: str, shards: Sequence[int], starts: Sequence[int], rows: Iterable[np.ndarray] | np.ndarray
+    ) -> None:
+        """`read_into` of many rows, faster than one by one: a row costs little more than its system call.
+
+        Raises:
+            UserError: as `read`, for the first row that cannot be read; those after it have not been.
+        """
+        entries = self.split(split).shards
+        itemsize, now = self.dtype.itemsize, -1
         with self._lock:
-            file = self._file(entry)
-            index = self._index(entry, file)
-            block = bisect.bisect_right(index.first_tokens, start) - 1
-            done = 0
-            while done < count:
-                if not index.checked[block]:
-                    self._check_block(file, index, block)
+            for row, shard, start in zip(rows, shards, starts, strict=True):
+                if shard != now:
+                    now, entry = shard, entries[shard]
+                    file = self._file(entry)
+                    index = self._index(entry, file)
+                block = bisect.bisect_right(index.first_tokens, start) - 1
+                skip = start - index.first_tokens[block]
                 place = index.table[block]
-                skip = start + done - index.first_tokens[block]
-                here = min(count - done, place["tokens"] - skip)
-                file.read_into(tokens[done : done + here], place["offset"] + skip * self.dtype.itemsize)
-                done += here
-                block += 1
+                if index.checked[block] and skip + len(row) <= place["tokens"]:
+                    file.read_into(row, place["offset"] + skip * itemsize)
+                else:
+                    assert 0 <= start <= entry.tokens - len(row)
+                    self._read_blocks(file, index, block, skip, row)
+
+    def _read_blocks(self, file: ShardFile, index: BlockIndex, block: int, skip: int, tokens: np.ndarray) -> None:
+        """A stretch that begins `skip` tokens into a block and may go on into others, of which some were never checked."""
+        done = 0
+        while done < len(tokens):
+            if not index.checked[block]:
+                self._check_block(file, index, block)
+            place = index.table[block]
+            here = min(len(tokens) - done, place["tokens"] - skip)
+            file.read_into(tokens[done : done + here], place["offset"] + skip * self.dtype.itemsize)
+            done += here
+            block += 1
+            skip = 0
 
     def document_ends(self, split: str, shard: int, start: int, count: int) -> np.ndarray:
         """Where documents end in tokens `start` to `start + count` of a shard: each one's end (exclusive), counted from
@@ -226,8 +248,13 @@ class ShardFile:
         Raises:
             UserError: the disk fails or the file ends early.
         """
+        try:  # all at once is the rule, and this path is short for the sake of a row's few microseconds
+            done = os.preadv(self._descriptor, (array.data,), offset)
+        except OSError:
+            done = 0
+        if done == array.nbytes:
+            return
         view = array.view(np.uint8).data
-        done = 0
         while done < len(view):
             try:
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)

@@ -13,7 +13,7 @@ import functools
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ WINDOW_SHARDS = 16
 """Shards whose sequences are mixed: 2 billion tokens, 4 GiB, at the default shard size."""
 
 
-LOCATED_AT_ONCE = 512
+LOCATED_AT_ONCE = 1024
 """Sequences a loader locates together, of several steps where a rank's share is smaller."""
 
 
@@ -77,7 +77,6 @@ class TokenStream:
         self.raw_dtype = None if self.packing else shards.dtype
         """Of `read_into`; None where it does not apply."""
         self._order: _EpochOrder | None = None
-        self._located: dict[int, tuple[int, int]] = {}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -120,24 +119,30 @@ class TokenStream:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard number, sequence number inside it) of sequence `index`."""
-        found = self._located.get(index)
-        if found is not None:
-            return found
         if index < 0:
             raise ValueError(f"sequences are numbered from 0, not {index}")
         epoch, position = divmod(index, self.num_sequences)
         return self._epoch(epoch).locate(position)
 
-    def prepare(self, indices: np.ndarray) -> None:
-        """Locate many sequences at once, int64 [n], which is several times faster than one by one; remembers these alone."""
-        located: dict[int, tuple[int, int]] = {}
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """`locate` of many at once, which is several times faster: int64 [n] -> int64 [n, 2]."""
+        places = np.empty((len(indices), 2), dtype=np.int64)
         epochs, positions = np.divmod(indices, self.num_sequences)
         for epoch in np.unique(epochs).tolist():
             mine = epochs == epoch
-            shards, sequences = self._epoch(epoch).locate_many(positions[mine])
-            pairs = zip(shards.tolist(), sequences.tolist(), strict=True)
-            located.update(zip(indices[mine].tolist(), pairs, strict=True))
-        self._located = located
+            places[mine, 0], places[mine, 1] = self._epoch(epoch).locate_many(positions[mine])
+        return places
+
+    def read_places(
+        self, places: np.ndarray, rows: Sequence[np.ndarray] | np.ndarray, part: int = 0, parts: int = 1
+    ) -> None:
+        """`read_into` of the sequences at `places`, each into its row.
+
+        Raises:
+            UserError: a shard is damaged there.
+        """
+        starts = places[:, 1] * self.seq_len + part * (self.seq_len // parts)
+        self.shards.read_rows(self.split, places[:, 0].tolist(), starts.tolist(), rows)
 
     def _epoch(self, epoch: int) -> _EpochOrder:
         if not self.shuffle:
@@ -206,8 +211,10 @@ class Sequences(Protocol):
     packing: Packing | None
     raw_dtype: np.dtype[Any] | None
 
-    def prepare(self, indices: np.ndarray) -> None: ...
-    def read_into(self, index: int, tokens: np.ndarray, part: int = 0, parts: int = 1) -> None: ...
+    def places(self, indices: np.ndarray) -> np.ndarray: ...
+    def read_places(
+        self, places: np.ndarray, rows: Sequence[np.ndarray] | np.ndarray, part: int = 0, parts: int = 1
+    ) -> None: ...
     def row(self, index: int, part: int = 0, parts: int = 1) -> Row: ...
 
 
@@ -331,16 +338,17 @@ class _Reader:
         rows = size // self._data_size
         return range(first + self._data_rank * rows, first + (self._data_rank + 1) * rows)
 
-    def prepare(self, shares: list[range]) -> None:
-        self._stream.prepare(np.concatenate([np.arange(share.start, share.stop) for share in shares]))
+    def places(self, shares: list[range]) -> list[np.ndarray]:
+        """Where the sequences of each share lie."""
+        ends = np.cumsum([len(share) for share in shares])
+        return np.split(self._stream.places(np.concatenate([np.arange(s.start, s.stop) for s in shares])), ends[:-1])
 
-    def read(self, share: range) -> list[MicroBatch]:
+    def read(self, share: range, places: np.ndarray) -> list[MicroBatch]:
         fields: tuple[np.ndarray, ...]
         if self._stream.raw_dtype is not None:
             # Bytes from the disk into their row, then one pass each for inputs and labels.
             raw = np.empty((len(share), self._length + 1), dtype=self._stream.raw_dtype)
-            for row, index in enumerate(share):
-                self._stream.read_into(index, raw[row], **self._slice)
+            self._stream.read_places(places, raw, **self._slice)
             fields = raw[:, :-1].astype(np.int64, order="C"), raw[:, 1:].astype(np.int64, order="C")
         else:
             rows = [self._stream.row(index, **self._slice) for index in share]
@@ -368,10 +376,10 @@ def _read_ahead(
                 first += size
             if not coming:
                 raise StopIteration
-            reader.prepare([share for _, share in coming])
-            for size, share in coming:
+            places = reader.places([share for _, share in coming])
+            for (size, share), found in zip(coming, places, strict=True):
                 if stop.is_set():
                     break
-                steps.put((size, reader.read(share)))
+                steps.put((size, reader.read(share, found)))
     except BaseException as error:  # whatever it is, the consumer must not wait for ever
         steps.put(error)
