@@ -125,20 +125,23 @@ class ShardSet:
             UserError: as `read`, for the first row that cannot be read; those after it have not been.
         """
         entries = self.split(split).shards
-        itemsize, now = self.dtype.itemsize, -1
+        itemsize = self.dtype.itemsize
+        opened: dict[int, tuple[ShardFile, BlockIndex]] = {}
         with self._lock:
             for row, shard, start in zip(rows, shards, starts, strict=True):
-                if shard != now:
-                    now, entry = shard, entries[shard]
-                    file = self._file(entry)
-                    index = self._index(entry, file)
+                if shard not in opened:
+                    if len(opened) == _OPEN_FILES:
+                        opened.clear()  # the first of them may have been closed
+                    file = self._file(entries[shard])
+                    opened[shard] = file, self._index(entries[shard], file)
+                file, index = opened[shard]
                 block = bisect.bisect_right(index.first_tokens, start) - 1
                 skip = start - index.first_tokens[block]
                 place = index.table[block]
                 if index.checked[block] and skip + len(row) <= place["tokens"]:
                     file.read_into(row, place["offset"] + skip * itemsize)
                 else:
-                    assert 0 <= start <= entry.tokens - len(row)
+                    assert 0 <= start <= entries[shard].tokens - len(row)
                     self._read_blocks(file, index, block, skip, row)
 
     def _read_blocks(self, file: ShardFile, index: BlockIndex, block: int, skip: int, tokens: np.ndarray) -> None:

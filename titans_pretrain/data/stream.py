@@ -29,7 +29,7 @@ WINDOW_SHARDS = 16
 """Shards whose sequences are mixed: 2 billion tokens, 4 GiB, at the default shard size."""
 
 
-LOCATED_AT_ONCE = 1024
+LOCATED_AT_ONCE = 4096
 """Sequences a loader locates together, of several steps where a rank's share is smaller."""
 
 
@@ -339,7 +339,9 @@ class _Reader:
         return range(first + self._data_rank * rows, first + (self._data_rank + 1) * rows)
 
     def places(self, shares: list[range]) -> list[np.ndarray]:
-        """Where the sequences of each share lie."""
+        """Where the sequences of each share lie; nothing where they are read as rows, which find themselves."""
+        if self._stream.raw_dtype is None:
+            return [np.empty(0)] * len(shares)
         ends = np.cumsum([len(share) for share in shares])
         return np.split(self._stream.places(np.concatenate([np.arange(s.start, s.stop) for s in shares])), ends[:-1])
 
