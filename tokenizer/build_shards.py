@@ -41,7 +41,7 @@ from tokenizer.inspect_shards import histogram_lines, inspect_command, verify_co
 from tokenizer.progress import Progress
 from tokenizer.read_text import Source, add_input_options, check_input_options, find_sources, total_bytes
 from tokenizer.units import UnitStore, cut_units, unit_settings, units_left
-from tokenizer.workers import StoppedError, encode_units
+from tokenizer.workers import StoppedError, encoded_units
 
 if TYPE_CHECKING:
     from tokenizer.assemble import Assembly
@@ -222,13 +222,13 @@ def _write_dataset(
     missing = cut_units(
         sources, text_key=args.text_key, doc_sep=args.doc_sep, unit_bytes=args.unit_bytes, first=first, start=start
     )
-    encoded = encode_units(
+    encoding = encoded_units(
         missing, units.directory, units.done, workers=args.workers, tokenizer=args.tokenizer, options=options
     )
     how = AssembleOptions(args.shard_tokens, args.block_tokens, args.dedup == "exact", packing)
     with (
         contextlib.closing(Progress(total_bytes(sources))) as progress,
-        contextlib.closing(encoded),
+        encoding as encoded,
         Assembly(directory, vocab_size, how) as assembly,
     ):
         for number in itertools.chain(range(first), encoded):
