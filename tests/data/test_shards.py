@@ -107,6 +107,7 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(read_all(shards, "train")), np.concatenate(docs))
     assert len(shards.split("train").shards) == 100
     assert len(os.listdir("/proc/self/fd")) <= before + 64
+    assert len(shards._indexes) <= 64
 
 
 def test_an_error_while_writing_leaves_no_half_shard(tmp_path: Path) -> None:

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 
 from tests.train.tiny import SEQ_LEN, make_dataset, tiny_config
-from titans_pretrain.config import Config, DataConfig, RampConfig, StepPlan, config_from_dict, config_to_dict
+from titans_pretrain.config import (
+    Config,
+    DataConfig,
+    PhaseConfig,
+    RampConfig,
+    SourceConfig,
+    StepPlan,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    source_names,
+)
 from titans_pretrain.data import stream as stream_module
 from titans_pretrain.data.mixture import Sources, paths
 from titans_pretrain.data.shards import ShardSet
@@ -97,6 +109,21 @@ def test_steps_and_tokens_of_a_ramp() -> None:
 def test_refused_settings(overrides: dict[str, Any], says: str, folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=says):
         paths(config_of(folders, **overrides).data)
+
+
+def test_lists_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:
+    overrides = [
+        "data.sources=[{path: /a/web, weight: 0.7}, {path: /b/my code, max_epochs: 2}]",
+        "data.phases=[{tokens: 1e9, weights: [0, 1]}]",
+        "data.batch_ramp=[{tokens: 2e9, batch_tokens: 1048576}]",
+    ]
+    config = load_config(None, overrides)
+    assert config.data.sources == (SourceConfig("/a/web", 0.7), SourceConfig("/b/my code", 1.0, 2.0))
+    assert config.data.phases == (PhaseConfig(10**9, (0.0, 1.0)),)
+    assert source_names(config.data) == ["web", "my-code"]
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.num_steps == 3815 + 12396
 
 
 # ---------------------------------------------------------------------------------------------------- same run, resumed

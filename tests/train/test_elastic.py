@@ -52,8 +52,9 @@ def test_other_numbers_of_processes_and_back_equal_the_uninterrupted_run(folders
         )
 
     assert run_distributed(train_job, 2, tree("whole")) == [None] * 2
-    for processes, steps in ((2, 3), (1, 2), (4, 3), (2, 0)):
-        assert run_distributed(train_job, processes, tree("pieces", run__stop_after=steps)) == [None] * processes
+    for processes, sequence, steps in ((2, 1, 3), (1, 1, 2), (4, 2, 3), (2, 1, 0)):
+        piece = tree("pieces", run__stop_after=steps, parallel__sequence=sequence)
+        assert run_distributed(train_job, processes, piece) == [None] * processes
     whole, pieces = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "pieces")
     assert [row["step"] for row in pieces] == [row["step"] for row in whole]
     assert whole[-1]["step"] == 10
