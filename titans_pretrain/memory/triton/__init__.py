@@ -46,6 +46,11 @@ def why_not_model(
         return f"runs on a CUDA device, not on {device.type}"
     if dtype != torch.bfloat16 and not (interpreted and dtype in OPERAND_DTYPES):
         return f"multiplies in bfloat16, but q is {_name(dtype)}"
+    return why_not_shapes(depth, head_dim, hidden, options)
+
+
+def why_not_shapes(depth: int, head_dim: int, hidden: int, options: MemoryOptions) -> str | None:
+    """The part of it that is the same on every machine."""
     if depth != 2:
         return f"takes memories of 2 layers, not {depth}"
     if head_dim > MAX_HEAD_DIM:
