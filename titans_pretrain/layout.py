@@ -50,6 +50,11 @@ def memory_strategy(config: Config) -> str:
     return "hand_off" if config.model.variant == "mac" else "head_exchange"
 
 
+def micro_batch_rows(config: Config, data_size: int) -> int:
+    """Sequences per rank and forward pass."""
+    return config.data.micro_batch or config.batch_size // data_size
+
+
 def choose_layout(config: Config, world_size: int) -> Layout:
     """The layout of `world_size` processes.
 

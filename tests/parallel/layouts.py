@@ -74,11 +74,11 @@ def run_cases(gathered: Collection[int], *trees: dict[str, dict[str, Any]]) -> l
 
 def run_case(sections: dict[str, dict[str, Any]], world: Any, gathered: Collection[int]) -> Outcome:
     """Train STEPS steps, as train/loop.py does it, and collect, in steps `gathered` gradients too."""
-    from titans_pretrain.layout import choose_layout, memory_strategy
+    from titans_pretrain.layout import choose_layout, memory_strategy, micro_batch_rows
     from titans_pretrain.model import Titans, initialize
     from titans_pretrain.parallel.sequence import ShardedSequence
     from titans_pretrain.parallel.tensor import split_model
-    from titans_pretrain.train.engine import Engine, micro_batch_rows
+    from titans_pretrain.train.engine import Engine
 
     config = config_from_dict(sections)
     grid = world.lay_out(choose_layout(config, world.world_size))

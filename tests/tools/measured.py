@@ -15,15 +15,17 @@ from titans_pretrain.config import config_from_dict
 from titans_pretrain.layout import choose_layout
 
 
-def measure_job(tree: dict[str, dict[str, Any]], steps: int = 3) -> dict[str, tuple[int, int]]:
-    """Build an engine and train `steps` steps on random tokens; every rank calls it. `peak` ends the list: the
-    highest of the last step, when all that training needs is there.
+def measure_job(tree: dict[str, dict[str, Any]], steps: int = 2) -> dict[str, tuple[int, int]]:
+    """Train `steps` steps on random tokens as the loop does; every rank calls it.
 
     Returns:
         phase of the last step -> (bytes allocated when it began, its peak).
     """
+    from titans_pretrain.layout import memory_strategy, micro_batch_rows
     from titans_pretrain.model import Titans, initialize
-    from titans_pretrain.train.engine import Engine, micro_batch_rows
+    from titans_pretrain.parallel.sequence import ShardedSequence
+    from titans_pretrain.parallel.tensor import split_model
+    from titans_pretrain.train.engine import Engine
     from titans_pretrain.train.environment import find_environment, join
 
     config = config_from_dict(tree)
@@ -32,15 +34,12 @@ def measure_job(tree: dict[str, dict[str, Any]], steps: int = 3) -> dict[str, tu
     grid = grid.lay_out(layout)
     _outlive_the_workers()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = Titans(config.model, loss_chunk=config.engine.loss_chunk)
+        sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
+        model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
         initialize(model, config.run.seed)
+        split_model(model, grid.tensor)
         model.activation_checkpointing = config.engine.activation_checkpointing
         engine = Engine(config, model, grid)
-        inner = engine._engine.backward
-        def marked(*a, **k):
-            with record_function(f"phase {step} backward {index}"):
-                return inner(*a, **k)
-        engine._engine.backward = marked
         rows = micro_batch_rows(config, layout.data)
         accumulation = config.batch_size // layout.data // rows
         shape = (rows, config.data.seq_len // layout.sequence)
@@ -51,7 +50,7 @@ def measure_job(tree: dict[str, dict[str, Any]], steps: int = 3) -> dict[str, tu
                 tokens, labels = (torch.randint(config.model.vocab_size, shape) for _ in range(2))
                 with record_function(f"phase {step} pass {index}"):
                     engine.forward_backward(tokens, labels, 1e-3)
-            with record_function(f"phase {step} step"):
+            with record_function(f"phase {step} update"):
                 engine.step(1e-4)
             with record_function(f"phase {step} end"):
                 pass
@@ -93,8 +92,8 @@ def _phases(profiler: profile, prefix: str) -> dict[str, tuple[int, int]]:
     phases: dict[str, tuple[int, int]] = {}
     blocks = _Blocks()
     index, name = 0, ""
-    for time, address, size in allocations:
-        while index < len(marks) and marks[index][0] <= time:
+    for moment, address, size in allocations:
+        while index < len(marks) and marks[index][0] <= moment:
             name = marks[index][1]
             phases[name] = (blocks.total, blocks.total)
             index += 1

@@ -197,7 +197,9 @@ class _Counter(Allocations):
         self.window = FORWARD
         self._states: list[weakref.ref[Any]] = []
         axes = {"sequence": grid.sequence, "tensor": grid.tensor}
-        self._axis_of = {axis.group.group_name: (name, axis.size) for name, axis in axes.items() if axis.group is not None}
+        self._axis_of = {
+            axis.group.group_name: (name, axis.size) for name, axis in axes.items() if axis.group is not None
+        }
         self.traffic = {name: Traffic() for name, _ in self._axis_of.values()}
 
     def snapshot(self) -> _Snapshot:

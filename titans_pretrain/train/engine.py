@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import memory_strategy
+from titans_pretrain.layout import memory_strategy, micro_batch_rows
 from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
@@ -298,11 +298,6 @@ def _size_bucket(zero: dict[str, Any], config: Config, grid: Grid, num_parameter
     else:
         # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model.
         zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))
-
-
-def micro_batch_rows(config: Config, data_size: int) -> int:
-    """Sequences per rank and forward pass."""
-    return config.data.micro_batch or config.batch_size // data_size
 
 
 def deepspeed_settings(config: Config, grid: Grid) -> dict[str, Any]:

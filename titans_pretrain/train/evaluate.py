@@ -12,10 +12,11 @@ from torch import Tensor
 from titans_pretrain.config import Config
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import TokenStream
+from titans_pretrain.layout import micro_batch_rows
 from titans_pretrain.model import Titans
 from titans_pretrain.model.titans import ModelState
 from titans_pretrain.parallel.grid import Grid
-from titans_pretrain.train.engine import Engine, micro_batch_rows
+from titans_pretrain.train.engine import Engine
 
 PREFIX_TOKENS = 128
 """Longest validation prefix whose logits go into every checkpoint."""

@@ -15,7 +15,7 @@ from titans_pretrain.config import Config, config_to_yaml
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import choose_layout, describe, memory_strategy
+from titans_pretrain.layout import choose_layout, describe, memory_strategy, micro_batch_rows
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
@@ -26,7 +26,7 @@ from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
 from titans_pretrain.train.compiler import check_compiler
 from titans_pretrain.train.drift import check_copies
-from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
+from titans_pretrain.train.engine import Engine, NotFiniteError
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.schedule import learning_rate
