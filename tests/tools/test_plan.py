@@ -101,7 +101,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "optimizer",
         "memory states",
         "replicas",
-        "4 data ranks",
+        "2 data ranks",
     ):
         assert words in text, text
     plan = json.loads((tmp_path / "plan.json").read_text())
