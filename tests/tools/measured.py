@@ -21,10 +21,8 @@ def measure_job(tree: dict[str, dict[str, Any]], steps: int = 2) -> dict[str, tu
     Returns:
         phase of the last step -> (bytes allocated when it began, its peak).
     """
-    from titans_pretrain.layout import memory_strategy, micro_batch_rows
-    from titans_pretrain.model import Titans, initialize
-    from titans_pretrain.parallel.sequence import ShardedSequence
-    from titans_pretrain.parallel.tensor import split_model
+    from titans_pretrain.layout import micro_batch_rows
+    from titans_pretrain.parallel.build import build_model
     from titans_pretrain.train.engine import Engine
     from titans_pretrain.train.environment import find_environment, join
 
@@ -34,11 +32,7 @@ def measure_job(tree: dict[str, dict[str, Any]], steps: int = 2) -> dict[str, tu
     grid = grid.lay_out(layout)
     _outlive_the_workers()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-        model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
-        initialize(model, config.run.seed)
-        split_model(model, grid.tensor)
-        model.activation_checkpointing = config.engine.activation_checkpointing
+        model = build_model(config, grid, config.run.seed)
         engine = Engine(config, model, grid)
         rows = micro_batch_rows(config, layout.data)
         accumulation = config.batch_size // layout.data // rows

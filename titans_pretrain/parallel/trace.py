@@ -25,12 +25,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from titans_pretrain.config import Config
-from titans_pretrain.layout import Layout, memory_strategy
+from titans_pretrain.layout import Layout
 from titans_pretrain.memory.scratch import Allocations, for_device, scratch_bytes
 from titans_pretrain.model import Titans
+from titans_pretrain.parallel.build import build_model
 from titans_pretrain.parallel.grid import Grid
-from titans_pretrain.parallel.sequence import ShardedSequence
-from titans_pretrain.parallel.tensor import split_model
 
 FORWARD, LAST, FIRST = "forward", "backward of the head and the last block", "backward of the first block"
 WINDOWS = (FORWARD, LAST, FIRST)
@@ -145,13 +144,9 @@ def local_model(config: Config, grid: Grid) -> Titans:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
     try:
-        sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-        model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
+        return build_model(config, grid, seed=None)
     finally:
         torch.set_default_dtype(before)
-    model.activation_checkpointing = config.engine.activation_checkpointing
-    split_model(model, grid.tensor)
-    return model
 
 
 def local_shapes(config: Config, layout: Layout) -> dict[str, torch.Size]:

@@ -15,13 +15,11 @@ from titans_pretrain.config import Config, config_to_yaml
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import choose_layout, describe, memory_strategy, micro_batch_rows
-from titans_pretrain.model import Titans, initialize
+from titans_pretrain.layout import choose_layout, describe, micro_batch_rows
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
+from titans_pretrain.parallel.build import build_model
 from titans_pretrain.parallel.grid import AgreedError, Grid
-from titans_pretrain.parallel.sequence import ShardedSequence
-from titans_pretrain.parallel.tensor import split_model
 from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
 from titans_pretrain.train.compiler import check_compiler
@@ -70,11 +68,7 @@ def train(config: Config, grid: Grid) -> Progress:
     start_from, manifest = grid.from_first((start_from, manifest) if grid.is_first else None)
 
     # Model and engine
-    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-    model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
-    initialize(model, config.run.seed)
-    split_model(model, grid.tensor)
-    model.activation_checkpointing = config.engine.activation_checkpointing
+    model = build_model(config, grid, config.run.seed)
     if config.model.compile:
         model.compile_blocks()
     engine = Engine(config, model, grid)
