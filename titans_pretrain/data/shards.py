@@ -30,6 +30,8 @@ from titans_pretrain.errors import UserError
 
 VERIFY_COMMAND = "python tokenizer/build_shards.py verify"
 _OPEN_FILES = 64
+_KEPT_ENDS = 256
+"""Blocks whose document ends stay in memory: 16 KB each at 500 tokens a document."""
 
 
 class ShardSet:
@@ -50,6 +52,7 @@ class ShardSet:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ShardFile] = OrderedDict()
         self._indexes: dict[str, BlockIndex] = {}
+        self._ends: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path) -> ShardSet:
@@ -118,6 +121,48 @@ class ShardSet:
                 file.read_into(tokens[done : done + here], int(index.offsets[block]) + skip * self._dtype.itemsize)
                 done += here
         return tokens
+
+    def document_ends(self, split: str, shard: int, start: int, count: int) -> np.ndarray:
+        """Where documents end in tokens `start` to `start + count` of a shard: each one's end (exclusive), counted from
+        `start`, that lies in 1..count, int64 [docs]. In a packed dataset runs of padding count as documents.
+
+        Raises:
+            UserError: the shard is missing, cut short or damaged where it is read.
+        """
+        entry = self.split(split).shards[shard]
+        assert 0 <= start < start + count <= entry.tokens
+        with self._lock:
+            file = self._file(entry)
+            index = self._index(entry, file)
+            found = []
+            for block in range(int(index.starts.searchsorted(start, side="right")) - 1, len(index.starts)):
+                skip = start - int(index.starts[block])
+                if skip + count <= 0:
+                    break
+                ends = self._block_ends(file, index, block)
+                first, last = ends.searchsorted((skip + 1, skip + count + 1))
+                found.append(ends[first:last] - skip)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _block_ends(self, file: ShardFile, index: BlockIndex, block: int) -> np.ndarray:
+        """int64 [docs], counted from the block's start."""
+        key = (str(file.path), block)
+        if key not in self._ends:
+            content = np.empty(index.table[block]["docs"], dtype="<u4")
+            file.read_into(content, index.table[block]["docends_offset"])
+            actual, expected = _crc32(content), index.table[block]["docends_crc32"]
+            if actual != expected:
+                raise UserError(
+                    f"shard {file.path} is damaged: the document ends of block {block} have CRC {actual:08x} but were "
+                    f"written with {expected:08x}; restore the file or build the dataset again ({VERIFY_COMMAND} "
+                    f"{self.path} checks all)"
+                )
+            self._ends[key] = content.astype(np.int64)
+            if len(self._ends) > _KEPT_ENDS:
+                self._ends.popitem(last=False)
+        else:
+            self._ends.move_to_end(key)
+        return self._ends[key]
 
     def _file(self, entry: ShardEntry) -> ShardFile:
         if entry.name in self._open:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from titans_pretrain.data.packed import Row, check_row_length, read_row
 from titans_pretrain.data.permutation import permutation_key, permute
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.errors import UserError
@@ -34,12 +35,12 @@ class TokenStream:
     Args:
         shards: an opened dataset.
         split: "train" or "valid".
-        seq_len: tokens a sequence predicts.
+        seq_len: tokens a sequence predicts; of a packed dataset the length of its rows.
         seed: names the order.
         shuffle: False: the order on disk, in every epoch.
 
     Raises:
-        UserError: the split is empty, or too short for one sequence.
+        UserError: the split is empty, or too short for one sequence, or packed in rows of another length.
     """
 
     def __init__(self, shards: ShardSet, split: str, seq_len: int, seed: int, shuffle: bool = True):
@@ -48,9 +49,14 @@ class TokenStream:
         self.seq_len = seq_len
         self.seed = seed
         self.shuffle = shuffle
+        self.packing = shards.manifest.packing
+        """The layout of a packed dataset's rows, which are then the sequences; None: sequences are cut anywhere."""
         tokens = [shard.tokens for shard in shards.split(split).shards]
-        # Sequences do not cross shards. Neighbours share one token, the last label of one and first input of the next.
-        self._sequences = [(count - 1) // seq_len for count in tokens]
+        if self.packing:
+            check_row_length(shards, self.packing, split, seq_len)
+        # Sequences do not cross shards. Neighbours share one token, the last label of one and first input of the next,
+        # but for packed rows, which share none.
+        self._sequences = [(count if self.packing else count - 1) // seq_len for count in tokens]
         self.num_sequences = sum(self._sequences)
         """Sequences per epoch."""
         if not self.num_sequences:
@@ -65,17 +71,30 @@ class TokenStream:
         self._order: _EpochOrder | None = None
 
     def sample(self, index: int, part: int = 0, parts: int = 1) -> np.ndarray:
-        """Tokens of sequence `index` (>= 0, any epoch), int64 [seq_len + 1]: inputs are all but the last, labels all but
-        the first. With `parts` above 1 (a divisor of seq_len) only the part-th of so many equal slices is read,
-        int64 [seq_len / parts + 1].
+        """Tokens of sequence `index` (>= 0, any epoch) of a dataset that is not packed, int64 [seq_len + 1]: inputs are all
+        but the last, labels all but the first. With `parts` above 1 (a divisor of seq_len) only the part-th of so many
+        equal slices is read, int64 [seq_len / parts + 1].
 
         Raises:
             UserError: the shard is damaged there.
         """
+        assert not self.packing, "rows of a packed dataset have labels of their own: use row()"
         shard, sequence = self.locate(index)
         length = self.seq_len // parts
         first = sequence * self.seq_len + part * length
         return self.shards.read(self.split, shard, first, length + 1).astype(np.int64)
+
+    def row(self, index: int, part: int = 0, parts: int = 1) -> Row:
+        """Sequence `index` (>= 0, any epoch), or the part-th of `parts` equal slices of it, as inputs and labels.
+
+        Raises:
+            UserError: the shard is damaged there.
+        """
+        if self.packing:
+            row = read_row(self.shards, self.packing, self.split, *self.locate(index))
+            return row.part(part, parts)
+        tokens = self.sample(index, part=part, parts=parts)
+        return Row(tokens[:-1], tokens[1:], None)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard number, sequence number inside it) of sequence `index`."""
@@ -119,10 +138,12 @@ class _EpochOrder:
 class MicroBatch(NamedTuple):
     """int64 [rows, seq_len], or this rank's slice of the columns, each.
 
-    labels[:, t] is the token after tokens[:, t], or -100 where none is predicted."""
+    labels[:, t] is the token after tokens[:, t], or -100 where none is predicted. document_starts (bool, of the same shape)
+    is true where a document starts; None unless the loader was asked for it."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    document_starts: torch.Tensor | None = None
 
 
 class BatchLoader:
@@ -138,6 +159,7 @@ class BatchLoader:
             sequence_size equal slices of each sequence.
         start: number of the first sequence of the first step.
         prefetch: steps read ahead.
+        document_starts: whether micro-batches say where documents start; for packed datasets.
 
     Raises:
         UserError: the batch does not divide. While iterating: whatever the stream raised, in this thread.
@@ -155,6 +177,7 @@ class BatchLoader:
         prefetch: int,
         sequence_rank: int = 0,
         sequence_size: int = 1,
+        document_starts: bool = False,
     ):
         if batch_size % data_size or (micro_batch and batch_size // data_size % micro_batch):
             raise UserError(
@@ -164,7 +187,8 @@ class BatchLoader:
         assert 0 <= data_rank < data_size
         assert 0 <= sequence_rank < sequence_size
         assert stream.seq_len % sequence_size == 0
-        slice_of_row = functools.partial(stream.sample, part=sequence_rank, parts=sequence_size)
+        assert stream.packing or not document_starts
+        slice_of_row = functools.partial(stream.row, part=sequence_rank, parts=sequence_size)
         self.position = start
         """Number of the first sequence of the step that comes next."""
         self._batch_size = batch_size
@@ -180,6 +204,7 @@ class BatchLoader:
                 share,
                 micro_batch or share,
                 batch_size,
+                document_starts,
                 self._queue,
                 self._stop,
             ),
@@ -219,20 +244,21 @@ class BatchLoader:
 
 
 def _read_ahead(
-    sample: Callable[[int], np.ndarray],
+    row: Callable[[int], Row],
     first: int,
     share: int,
     micro_batch: int,
     stride: int,
+    document_starts: bool,
     steps: queue.Queue[list[MicroBatch] | BaseException],
     stop: threading.Event,
 ) -> None:
     try:
         while not stop.is_set():
-            rows = torch.from_numpy(np.stack([sample(first + m) for m in range(share)]))
-            tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            pairs = zip(tokens.split(micro_batch), labels.split(micro_batch), strict=True)
-            steps.put([MicroBatch(*pair) for pair in pairs])
+            rows = [row(first + m) for m in range(share)]
+            fields = tuple(zip(*rows, strict=True))[: 3 if document_starts else 2]
+            parts = (torch.from_numpy(np.stack(field)).split(micro_batch) for field in fields)
+            steps.put([MicroBatch(*part) for part in zip(*parts, strict=True)])
             first += stride
     except BaseException as error:  # whatever it is, the consumer must not wait for ever
         steps.put(error)

@@ -39,7 +39,7 @@ class Evaluation:
             stream = TokenStream(shards, "valid", length, seed=0, shuffle=False)
             self.streams[multiple] = (stream, max(1, min(config.eval.tokens // length, stream.num_sequences)))
         stream, _ = next(iter(self.streams.values()))
-        self.prefix = torch.from_numpy(stream.sample(0)[None, : min(PREFIX_TOKENS, self.seq_len)].copy())
+        self.prefix = torch.from_numpy(stream.row(0).tokens[None, : min(PREFIX_TOKENS, self.seq_len)].copy())
         """int64 [1, n]: the validation tokens whose logits checkpoints keep."""
 
     def run(self, engine: Engine) -> dict[str, float]:
@@ -57,8 +57,10 @@ class Evaluation:
         most = -(-count // ranks)
         rows = min(self.rows, most)
         total = torch.zeros((), dtype=torch.float64)
+        predicted = 0
         for start in range(0, most, rows):
             tokens, labels = _batch(stream, mine[start : start + rows], rows)
+            predicted += int((labels != -100).sum())
             state = None
             for piece in range(multiple):
                 columns = slice(piece * self.seq_len, (piece + 1) * self.seq_len)
@@ -69,8 +71,8 @@ class Evaluation:
                     state,
                 )
                 total += loss.double().cpu()
-        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(len(mine))])).sum(0)
-        return float(summed[0] / (summed[1] * multiple * self.seq_len))
+        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(predicted)])).sum(0)
+        return float(summed[0] / summed[1])
 
 
 def _batch(stream: TokenStream, indices: range, rows: int) -> tuple[Tensor, Tensor]:
@@ -78,8 +80,8 @@ def _batch(stream: TokenStream, indices: range, rows: int) -> tuple[Tensor, Tens
     tokens = torch.zeros(rows, stream.seq_len, dtype=torch.int64)
     labels = torch.full((rows, stream.seq_len), -100)
     for row, index in enumerate(indices):
-        sequence = torch.from_numpy(stream.sample(index))
-        tokens[row], labels[row] = sequence[:-1], sequence[1:]
+        sequence = stream.row(index)
+        tokens[row], labels[row] = torch.from_numpy(sequence.tokens), torch.from_numpy(sequence.labels)
     return tokens, labels
 
 

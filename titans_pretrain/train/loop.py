@@ -119,7 +119,7 @@ def train(config: Config, grid: Grid) -> Progress:
                 batch = next(loader)
             except UserError as error:
                 failure = error
-            valid = sum(int((labels != -100).sum()) for _, labels in batch)
+            valid = sum(int((labels != -100).sum()) for _, labels, _ in batch)
             counted = grid.gather_numbers([valid, failure is not None])
             if counted[:, 1].any():
                 grid.raise_agreed(failure)
@@ -131,7 +131,7 @@ def train(config: Config, grid: Grid) -> Progress:
             # Forward and backward
             wants_signals = next_progress.step % config.log.interval == 0
             local_loss = 0.0
-            for index, (tokens, labels) in enumerate(batch):
+            for index, (tokens, labels, _) in enumerate(batch):
                 if index:
                     engine.end_micro_batch()
                 model.set_signals(wants_signals and index == len(batch) - 1)

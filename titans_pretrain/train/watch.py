@@ -53,7 +53,7 @@ def _earliest(places: Sequence[Place | None]) -> str | None:
 
 def _forward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place | None:
     found: Place | None = None
-    for index, (tokens, labels) in enumerate(batch):
+    for index, (tokens, labels, _) in enumerate(batch):
         bad: list[str] = []
         order = [0]
 
@@ -73,7 +73,7 @@ def _forward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place
 
 def _backward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place | None:
     found: Place | None = None
-    for index, (tokens, labels) in enumerate(batch):
+    for index, (tokens, labels, _) in enumerate(batch):
         probe = _GradientProbe()
         with _hooks(engine.model, probe.watch_output, probe.watch_inputs), probe.watch_parameters(engine.model):
             engine.forward_backward(tokens, labels, scale)
