@@ -33,10 +33,14 @@ def memory_options(config: ModelConfig) -> MemoryOptions:
     )
 
 
-def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """By which implementation the memory of a model trains on `device` with activations in `dtype`, in words."""
+def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool = False) -> str:
+    """By which implementation the memory of a model trains on `device` with activations in `dtype`, in words. `documents`:
+    several in a row."""
     depth, head_dim, hidden = config.memory_depth, config.memory_head_dim, config.memory_shapes[0][1]
-    return expected_path(device, dtype, depth, head_dim, hidden, memory_options(config))
+    # MAC begins a document between two scans.
+    inside = documents and config.variant != "mac"
+    resets = (config.num_persistent > 0, config.memory_forgetting) if inside else None
+    return expected_path(device, dtype, depth, head_dim, hidden, memory_options(config), resets)
 
 
 class MemoryLayerState(NamedTuple):
