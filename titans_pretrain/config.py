@@ -154,6 +154,19 @@ class ModelConfig:
     def has_attention(self) -> bool:
         return self.variant != "lmm"
 
+    @property
+    def document_grid_key(self) -> str:
+        """The key that says where in a row a document may begin; empty: anywhere."""
+        if self.variant == "mac":  # every segment begins a chunk
+            return "model.segment_len"
+        return "model.memory_chunk" if self.has_memory else ""
+
+    @property
+    def document_grid(self) -> int:
+        """A document inside a row begins at a multiple of so many tokens (data.reset_at_documents)."""
+        key = self.document_grid_key
+        return int(getattr(self, key.removeprefix("model."))) if key else 1
+
 
 @dataclass(frozen=True)
 class DataConfig:
