@@ -64,7 +64,7 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
     )
     batch = next(loader)
     loader.close()
-    for index, (tokens, labels) in enumerate(batch):
+    for index, (tokens, labels, _) in enumerate(batch):
         if index:
             engine.end_micro_batch()
         engine.forward_backward(tokens, labels, 0.01)

@@ -123,6 +123,8 @@ class MicroBatch(NamedTuple):
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    document_starts: torch.Tensor | None = None
+    """bool, where a document begins that knows nothing of those before it (data.reset_at_documents); None: nowhere."""
 
 
 class BatchLoader:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titans_pretrain.config import Config
 from titans_pretrain.data.shards import ShardSet
-from titans_pretrain.data.stream import TokenStream
+from titans_pretrain.data.stream import MicroBatch, TokenStream
 from titans_pretrain.model import Titans
 from titans_pretrain.model.titans import ModelState
 from titans_pretrain.parallel.grid import Grid
@@ -55,31 +55,36 @@ class Evaluation:
         # All ranks run equally many equally shaped batches, or ZeRO-3's gathers would not match up.
         most = -(-count // ranks)
         rows = min(self.rows, most)
-        total = torch.zeros((), dtype=torch.float64)
+        total, valid = torch.zeros((), dtype=torch.float64), 0
         for start in range(0, most, rows):
-            tokens, labels = _batch(stream, mine[start : start + rows], rows)
+            batch = _batch(stream, mine[start : start + rows], rows)
+            valid += int((batch.labels != -100).sum())
+            if batch.document_starts is not None:  # whole documents in each row: there is nothing to carry along
+                assert multiple == 1
+                total += engine.evaluate(_loss, *engine.at_hand(*batch)).double().cpu()
+                continue
             state = None
             for piece in range(multiple):
                 columns = slice(piece * self.seq_len, (piece + 1) * self.seq_len)
-                loss, state = engine.evaluate(
-                    _loss_and_state,
-                    tokens[:, columns].to(self.grid.device),
-                    labels[:, columns].to(self.grid.device),
-                    state,
-                )
+                tokens, labels = (x[:, columns].to(self.grid.device) for x in (batch.tokens, batch.labels))
+                loss, state = engine.evaluate(_loss_and_state, tokens, labels, state)
                 total += loss.double().cpu()
-        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(len(mine))])).sum(0)
-        return float(summed[0] / (summed[1] * multiple * self.seq_len))
+        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(valid)])).sum(0)
+        return float(summed[0] / summed[1])
 
 
-def _batch(stream: TokenStream, indices: range, rows: int) -> tuple[Tensor, Tensor]:
-    """Sequences `indices` -> tokens, labels int64 [rows, length]; missing rows are filled with ignored labels."""
+def _batch(stream: TokenStream, indices: range, rows: int) -> MicroBatch:
+    """Sequences `indices` -> rows of them; missing rows are filled with ignored labels."""
     tokens = torch.zeros(rows, stream.seq_len, dtype=torch.int64)
     labels = torch.full((rows, stream.seq_len), -100)
     for row, index in enumerate(indices):
         sequence = torch.from_numpy(stream.sample(index))
         tokens[row], labels[row] = sequence[:-1], sequence[1:]
-    return tokens, labels
+    return MicroBatch(tokens, labels)
+
+
+def _loss(model: Titans, *batch: Tensor | None) -> Tensor:
+    return model(*batch)
 
 
 def _loss_and_state(
