@@ -28,7 +28,7 @@ _NUM_SETTINGS = 6
 _SCHEMA_OF_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_gamma, Tensor? log_eta, Tensor theta, Tensor[] initial_weights, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor[] momentum, Tensor[] anchor, "
-    "Tensor? document_starts, "
+    "Tensor[] fresh_weights, Tensor[] fresh_momentum, Tensor? document_starts, "
     "int offset, int chunk_size, str activation, str forget_toward, float norm_eps, str path"
 )
 
@@ -195,7 +195,7 @@ def _tensors(fields: Sequence[Any]) -> Iterator[Tensor]:
 
 def _fill(counts: Sequence[int], tensors: Iterator[Tensor]) -> list[Any]:
     """The inverse of `_tensors` for the first `counts` fields of ScanInputs: tensors, lists of tensors and Nones."""
-    lists = {"initial_weights", "weights", "momentum", "anchor"}
+    lists = {"initial_weights", "weights", "momentum", "anchor", "fresh_weights", "fresh_momentum"}
     fields: list[Any] = []
     for name, count in zip(ScanInputs._fields, counts, strict=False):
         taken = [next(tensors) for _ in range(count)]

@@ -115,8 +115,8 @@ _PREFIX = "model."
 """What `_Root` puts before parameter names."""
 
 
-def _training_loss(model: Titans, tokens: Tensor, labels: Tensor) -> Tensor:
-    return model(tokens, labels)
+def _training_loss(model: Titans, *batch: Tensor | None) -> Tensor:
+    return model(*batch)
 
 
 class Engine:
@@ -153,7 +153,9 @@ class Engine:
         # It copies DeepSpeed's conversion scripts into every checkpoint, and on a full disk would raise on rank 0 alone.
         self._engine._copy_recovery_script = lambda save_path: None
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def forward_backward(
+        self, tokens: Tensor, labels: Tensor, scale: float, document_starts: Tensor | None = None
+    ) -> Tensor:
         """Accumulate the gradient of `scale` times the sum of token losses.
 
         DeepSpeed averages gradients over data ranks, so for the mean over all tokens of a step `scale` is
@@ -161,15 +163,18 @@ class Engine:
 
         Args:
             tokens, labels: int64 [rows, seq_len], on any device.
+            document_starts: bool, as tokens; see Titans.forward.
 
         Returns:
             this rank's unscaled loss sum, fp32 scalar, detached.
         """
-        tokens = tokens.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        loss = self._engine(_training_loss, tokens, labels)
+        loss = self._engine(_training_loss, *self.at_hand(tokens, labels, document_starts))
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
+
+    def at_hand(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """`tensors` on this rank's device."""
+        return [None if x is None else x.to(self.device, non_blocking=True) for x in tensors]
 
     @property
     def at_last_micro_batch(self) -> bool:

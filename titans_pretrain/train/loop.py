@@ -82,7 +82,9 @@ def train(config: Config, grid: Grid) -> Progress:
     )
     if config.model.has_memory:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        report.say(f"memory operator: {describe_path(config.model, grid.device, dtype)}")
+        report.say(
+            f"memory operator: {describe_path(config.model, grid.device, dtype, config.data.reset_at_documents)}"
+        )
 
     # Resume
     progress = Progress()
@@ -106,6 +108,7 @@ def train(config: Config, grid: Grid) -> Progress:
         sequence_size=grid.sequence.size,
         start=progress.position,
         prefetch=config.data.prefetch,
+        document_starts=config.data.reset_at_documents,
     )
     first_step = progress.step
     try:
@@ -119,7 +122,7 @@ def train(config: Config, grid: Grid) -> Progress:
                 batch = next(loader)
             except UserError as error:
                 failure = error
-            valid = sum(int((labels != -100).sum()) for _, labels, _ in batch)
+            valid = sum(int((micro_batch.labels != -100).sum()) for micro_batch in batch)
             counted = grid.gather_numbers([valid, failure is not None])
             if counted[:, 1].any():
                 grid.raise_agreed(failure)
@@ -131,11 +134,11 @@ def train(config: Config, grid: Grid) -> Progress:
             # Forward and backward
             wants_signals = next_progress.step % config.log.interval == 0
             local_loss = 0.0
-            for index, (tokens, labels, _) in enumerate(batch):
+            for index, (tokens, labels, document_starts) in enumerate(batch):
                 if index:
                     engine.end_micro_batch()
                 model.set_signals(wants_signals and index == len(batch) - 1)
-                local_loss += float(engine.forward_backward(tokens, labels, scale))
+                local_loss += float(engine.forward_backward(tokens, labels, scale, document_starts))
             signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
             shared = grid.gather_numbers([local_loss, memory_in_use(grid.device), *signals.values()])
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
@@ -198,7 +201,8 @@ def open_dataset(config: Config) -> ShardSet:
 
 
 def resolve(config: Config, shards: ShardSet) -> Config:
-    """`config` with model.vocab_size taken from the data where it is 0."""
+    """`config` with model.vocab_size taken from the data where it is 0, once it fits the data."""
+    check_documents(config, shards)
     vocab_size = config.model.vocab_size or shards.vocab_size
     if vocab_size < shards.vocab_size:
         raise UserError(
@@ -206,6 +210,30 @@ def resolve(config: Config, shards: ShardSet) -> Config:
             "set model.vocab_size=0 to take it from the data"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def check_documents(config: Config, shards: ShardSet) -> None:
+    """Refuse data.reset_at_documents where the dataset's documents do not begin where the model can begin anew.
+
+    Raises:
+        UserError: names the keys, and how to build the dataset.
+    """
+    if not config.data.reset_at_documents:
+        return
+    grid, key = config.model.document_grid, config.model.document_grid_key
+    packing = shards.manifest.options.get("packing", {"kind": "concat"})
+    rebuild = f"build the dataset with --packing bestfit --seq-len {config.data.seq_len} --align {grid}"
+    if packing["kind"] != "bestfit":
+        raise UserError(
+            f"data.reset_at_documents=true needs whole documents in rows, but {shards.path} has packing {packing['kind']}; "
+            f"{rebuild}, or set data.reset_at_documents=false"
+        )
+    if packing["align"] % grid:
+        raise UserError(
+            f"data.reset_at_documents=true needs documents that begin at multiples of {key} ({grid}), but those of "
+            f"{shards.path} begin at multiples of {packing['align']}; {rebuild}, or set {key} to a divisor of "
+            f"{packing['align']}"
+        )
 
 
 def make_run_dir(run_dir: Path) -> None:
