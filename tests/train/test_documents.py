@@ -6,13 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tests.data.tiny import write_dataset
 from tests.distributed import run_distributed
+from tests.train.jobs import train_job
 from tests.train.test_zero import sharded
-from tests.train.tiny import SEQ_LEN, VOCAB_SIZE, tiny_config, tiny_tree
+from tests.train.tiny import SEQ_LEN, VOCAB_SIZE, read_metrics, tiny_config, tiny_tree
 from titans_pretrain.config import config_from_dict
+from titans_pretrain.data.manifest import Packing
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import MicroBatch
 from titans_pretrain.errors import UserError
@@ -49,7 +53,7 @@ def run_engines(*trees: dict[str, Any]) -> list[tuple[float, float, float, int]]
         batch = make_batch()
         loss = float(engine.forward_backward(batch.tokens, batch.labels, 1.0, batch.document_starts))
         norm = engine.step(0.0)
-        evaluate._batch = lambda stream, indices, rows: make_batch()
+        evaluate._batch = lambda stream, indices, rows, document_starts: make_batch()
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tokens=2 * SEQ_LEN))
         valid = evaluate.Evaluation(config, ShardSet.open(config.data.path), grid).run(engine)["valid_loss"]
 
@@ -131,3 +135,40 @@ def test_a_dataset_that_fits_is_taken(dataset: Path, tmp_path: Path) -> None:
         packing = {"kind": "bestfit", "seq_len": 32, "align": align}
         shards.manifest = dataclasses.replace(shards.manifest, options={"packing": packing})
         resolve(tiny_config(dataset, tmp_path, data__reset_at_documents=True, **changes), shards)
+
+
+def test_a_run_on_packed_rows_learns_from_whole_documents(tmp_path: Path) -> None:
+    """Real shards, two processes: the losses are those of the same documents, and differ from those without resets."""
+    generator = np.random.default_rng(0)
+    documents = [
+        (generator.integers(3, VOCAB_SIZE) + np.arange(generator.integers(4, 40))) % (VOCAB_SIZE - 3) + 3
+        for _ in range(300)
+    ]
+    packing = Packing(seq_len=SEQ_LEN, align=16, pad=2)
+    data = write_dataset(
+        tmp_path / "data",
+        documents[:270],
+        documents[270:],
+        vocab_size=VOCAB_SIZE,
+        shard_tokens=64 * SEQ_LEN,
+        packing=packing,
+    )
+    runs = {"apart": True, "together": False}
+    trees = [
+        tiny_tree(
+            data,
+            tmp_path,
+            schedule__tokens=12 * 8 * SEQ_LEN,
+            model__num_layers=1,
+            run__name=name,
+            data__reset_at_documents=reset,
+        )
+        for name, reset in runs.items()
+    ]
+    assert run_distributed(train_job, 2, *trees) == [None, None]
+    first, last = {}, {}
+    for name in runs:
+        rows = read_metrics(tmp_path / name)
+        first[name], *_, last[name] = (row["valid_loss"] for row in rows if "valid_loss" in row)
+        assert last[name] < first[name] - 0.3
+    assert first["apart"] != first["together"]
