@@ -86,19 +86,21 @@ def choose_layout(config: Config, world_size: int) -> Layout:
 
 
 def _check_batch(config: Config, layout: Layout) -> None:
-    if config.batch_size % layout.data:
-        raise UserError(
-            f"the batch of {config.batch_size} sequences (data.batch_tokens {config.data.batch_tokens} / data.seq_len "
-            f"{config.data.seq_len}) does not divide over {layout.data} data-parallel ranks; "
-            f"make data.batch_tokens a multiple of {layout.data * config.data.seq_len}"
-        )
-    local = config.batch_size // layout.data
-    micro = config.data.micro_batch
-    if micro and local % micro:
-        raise UserError(
-            f"each of {layout.data} ranks takes {local} sequences a step, "
-            f"which is not a multiple of data.micro_batch ({micro})"
-        )
+    for number, size in enumerate(config.batch_sizes):
+        key = f"data.batch_ramp[{number - 1}].batch_tokens" if number else "data.batch_tokens"
+        if size % layout.data:
+            raise UserError(
+                f"the batch of {size} sequences ({key} {size * config.data.seq_len} / data.seq_len "
+                f"{config.data.seq_len}) does not divide over {layout.data} data-parallel ranks; "
+                f"make {key} a multiple of {layout.data * config.data.seq_len}"
+            )
+        local = size // layout.data
+        micro = config.data.micro_batch
+        if micro and local % micro:
+            raise UserError(
+                f"each of {layout.data} ranks takes {local} sequences a step ({key} {size * config.data.seq_len}), "
+                f"which is not a multiple of data.micro_batch ({micro})"
+            )
 
 
 def _check_compile(config: Config, layout: Layout) -> None:

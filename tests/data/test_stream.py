@@ -15,7 +15,7 @@ import torch
 from tests.data.test_shards import block_table
 from tests.data.tiny import documents, flip_byte, write_dataset
 from titans_pretrain.data import stream as stream_module
-from titans_pretrain.data.permutation import permutation_key, permute
+from titans_pretrain.data.permutation import permutation_key, permute, permute_many
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
@@ -59,6 +59,14 @@ def test_permutation_is_a_bijection(size: int) -> None:
     for seed in range(3):
         key = permutation_key(seed, "test")
         assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000, 1 << 20, 3 * 10**9])
+def test_many_are_permuted_as_one_by_one(size: int) -> None:
+    key = permutation_key(3, "test")
+    indices = np.random.default_rng(0).integers(0, size, 200)
+    assert permute_many(indices, size, key).tolist() == [permute(i, size, key) for i in indices.tolist()]
+    assert permute_many(indices[:0], size, key).tolist() == []
 
 
 def test_permutation_mixes() -> None:
@@ -146,6 +154,15 @@ def test_only_a_window_of_shards_is_read_at_a_time(monkeypatch: pytest.MonkeyPat
     assert [len(set(window)) for window in windows] == [2, 2, 2, 1]
     assert windows[0] != sorted(windows[0])  # the two of a window are mixed
     assert windows[0] != sorted(windows[0], reverse=True)
+
+
+def test_many_are_located_as_one_by_one(dataset: Path, stream: TokenStream) -> None:
+    fresh = TokenStream(ShardSet.open(dataset), "train", SEQ_LEN, seed=3)
+    count = stream.num_sequences
+    indices = np.concatenate([np.arange(count - 20, count + 20), 10**6 + np.arange(50)])
+    stream.prepare(indices)
+    for index in [*indices.tolist(), 7]:  # those that were prepared and another
+        assert stream.locate(index) == fresh.locate(index)
 
 
 def test_far_ahead_is_as_quick_as_the_start(dataset: Path) -> None:
@@ -242,8 +259,8 @@ def test_batch_that_does_not_divide(stream: TokenStream) -> None:
 
 def test_thread_reads_only_so_far_ahead_and_ends(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    sample = stream.sample
-    monkeypatch.setattr(stream, "sample", lambda index, **part: read.append(index) or sample(index, **part))
+    read_into = stream.read_into
+    monkeypatch.setattr(stream, "read_into", lambda i, row, **part: read.append(i) or read_into(i, row, **part))
     batches = loader(stream)
     next(batches)
     time.sleep(0.3)

@@ -31,10 +31,11 @@ def write_dataset(
     shard_tokens: int = 2000,
     block_tokens: int = 300,
     packing: Packing | None = None,
+    tokenizer: bytes = b"stands for a tokenizer; the data package only compares its hash",
 ) -> Path:
     """With `packing`, documents must not start with packing.pad and shard_tokens be a multiple of packing.seq_len."""
     path.mkdir()
-    (path / TOKENIZER_NAME).write_bytes(b"stands for a tokenizer; the data package only compares its hash")
+    (path / TOKENIZER_NAME).write_bytes(tokenizer)
     splits, padding = {}, {}
     for name, docs in (("train", train), ("valid", valid)):
         writer = ShardWriter(path, name, vocab_size, shard_tokens=shard_tokens, block_tokens=block_tokens)

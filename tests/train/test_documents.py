@@ -23,7 +23,7 @@ from titans_pretrain.errors import UserError
 from titans_pretrain.layout import Layout
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.train import evaluate
-from titans_pretrain.train.loop import resolve
+from titans_pretrain.train.loop import check_documents, open_sources
 
 
 def make_batch() -> MicroBatch:
@@ -55,7 +55,7 @@ def run_engines(*trees: dict[str, Any]) -> list[tuple[float, float, float, int]]
         norm = engine.step(0.0)
         evaluate._batch = lambda stream, indices, rows, document_starts: make_batch()
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tokens=2 * SEQ_LEN))
-        valid = evaluate.Evaluation(config, ShardSet.open(config.data.path), grid).run(engine)["valid_loss"]
+        valid = evaluate.Evaluation(config, open_sources(config), grid).run(engine)["valid_loss"]
 
         told = []
         forward = model.forward
@@ -119,9 +119,9 @@ def test_a_dataset_whose_documents_begin_elsewhere_is_refused(
     shards = ShardSet.open(dataset)
     options = {} if packing is None else {"packing": packing}
     shards.manifest = dataclasses.replace(shards.manifest, options=options)
-    resolve(tiny_config(dataset, tmp_path, **changes), shards)
+    check_documents(tiny_config(dataset, tmp_path, **changes), shards)
     with pytest.raises(UserError) as caught:
-        resolve(tiny_config(dataset, tmp_path, data__reset_at_documents=True, **changes), shards)
+        check_documents(tiny_config(dataset, tmp_path, data__reset_at_documents=True, **changes), shards)
     assert all(part in str(caught.value) for part in [*parts, str(dataset)]), str(caught.value)
 
 
@@ -134,7 +134,7 @@ def test_a_dataset_that_fits_is_taken(dataset: Path, tmp_path: Path) -> None:
     ):
         packing = {"kind": "bestfit", "seq_len": 32, "align": align}
         shards.manifest = dataclasses.replace(shards.manifest, options={"packing": packing})
-        resolve(tiny_config(dataset, tmp_path, data__reset_at_documents=True, **changes), shards)
+        check_documents(tiny_config(dataset, tmp_path, data__reset_at_documents=True, **changes), shards)
 
 
 def test_a_run_on_packed_rows_learns_from_whole_documents(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ first time any of its tokens is read, so damage is reported before a wrong token
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import threading
@@ -48,7 +49,8 @@ class ShardSet:
         """Nats per token of the train split's unigram distribution."""
         self.fingerprint = manifest.fingerprint()
         """SHA-256 over what decides the token stream."""
-        self._dtype = np.dtype(DTYPES[manifest.dtype])
+        self.dtype = np.dtype(DTYPES[manifest.dtype])
+        """Of a token on disk."""
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ShardFile] = OrderedDict()
         self._indexes: dict[str, BlockIndex] = {}
@@ -92,6 +94,10 @@ class ShardSet:
             )
         return split
 
+    def has_tokens(self, split: str) -> bool:
+        """Whether split "train" or "valid" holds any."""
+        return split in self.manifest.splits and self.manifest.splits[split].tokens > 0
+
     def num_tokens(self, split: str) -> int:
         """Tokens in split "train" or "valid"."""
         return self.split(split).tokens
@@ -102,25 +108,29 @@ class ShardSet:
         Raises:
             UserError: the shard is missing, cut short or damaged where it is read.
         """
-        entry = self.split(split).shards[shard]
+        tokens = np.empty(count, dtype=self.dtype)
+        self.read_into(split, shard, start, tokens)
+        return tokens
+
+    def read_into(self, split: str, shard: int, start: int, tokens: np.ndarray) -> None:
+        """`read` into a contiguous array of the dataset's dtype, as many as it holds."""
+        entry, count = self.split(split).shards[shard], len(tokens)
         assert start >= 0
         assert start + count <= entry.tokens
-        tokens = np.empty(count, dtype=self._dtype)
         with self._lock:
             file = self._file(entry)
             index = self._index(entry, file)
-            first = int(np.searchsorted(index.starts, start, side="right")) - 1
+            block = bisect.bisect_right(index.first_tokens, start) - 1
             done = 0
-            for block in range(first, len(index.starts)):
-                if done == count:
-                    break
+            while done < count:
                 if not index.checked[block]:
                     self._check_block(file, index, block)
-                skip = start + done - int(index.starts[block])
-                here = min(count - done, int(index.tokens[block]) - skip)
-                file.read_into(tokens[done : done + here], int(index.offsets[block]) + skip * self._dtype.itemsize)
+                place = index.table[block]
+                skip = start + done - index.first_tokens[block]
+                here = min(count - done, place["tokens"] - skip)
+                file.read_into(tokens[done : done + here], place["offset"] + skip * self.dtype.itemsize)
                 done += here
-        return tokens
+                block += 1
 
     def document_ends(self, split: str, shard: int, start: int, count: int) -> np.ndarray:
         """Where documents end in tokens `start` to `start + count` of a shard: each one's end (exclusive), counted from
@@ -170,7 +180,9 @@ class ShardSet:
         else:
             self._open[entry.name] = ShardFile(self.path / entry.name)
             if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
+                name, file = self._open.popitem(last=False)
+                file.close()
+                self._indexes.pop(name, None)  # else they would grow with the shards ever read
         return self._open[entry.name]
 
     def _index(self, entry: ShardEntry, file: ShardFile) -> BlockIndex:
@@ -179,7 +191,7 @@ class ShardSet:
         return self._indexes[entry.name]
 
     def _check_block(self, file: ShardFile, index: BlockIndex, block: int) -> None:
-        content = np.empty(int(index.tokens[block]), dtype=self._dtype)
+        content = np.empty(int(index.tokens[block]), dtype=self.dtype)
         file.read_into(content, int(index.offsets[block]))
         actual, expected = _crc32(content), index.table[block]["crc32"]
         if actual != expected:
@@ -234,7 +246,8 @@ class BlockIndex:
 
     starts: int64 [blocks], the first token of each block counted from the shard's first.
     tokens, offsets: int64 [blocks], tokens in a block and the byte offset of the first.
-    checked: bool [blocks], whether the CRC was found right.
+    first_tokens: `starts` as a list, which is faster to search for one place.
+    checked: whether the CRC of each block was found right.
     """
 
     def __init__(self, entry: ShardEntry, file: ShardFile):
@@ -250,7 +263,8 @@ class BlockIndex:
         self.tokens = np.array([block["tokens"] for block in self.table], dtype=np.int64)
         self.starts = np.cumsum(self.tokens) - self.tokens
         self.offsets = np.array([block["offset"] for block in self.table], dtype=np.int64)
-        self.checked = np.zeros(len(self.table), dtype=bool)
+        self.first_tokens: list[int] = self.starts.tolist()
+        self.checked = [False] * len(self.table)
 
 
 def verify(path: str | Path) -> list[str]:

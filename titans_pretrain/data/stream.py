@@ -9,24 +9,28 @@ enter: they only say who takes which numbers.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import queue
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from titans_pretrain.data.manifest import Packing
 from titans_pretrain.data.packed import Row, check_row_length, read_row
-from titans_pretrain.data.permutation import permutation_key, permute
+from titans_pretrain.data.permutation import permutation_key, permute, permute_many
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.errors import UserError
 
 WINDOW_SHARDS = 16
 """Shards whose sequences are mixed: 2 billion tokens, 4 GiB, at the default shard size."""
+
+
+LOCATED_AT_ONCE = 512
+"""Sequences a loader locates together, of several steps where a rank's share is smaller."""
 
 
 class TokenStream:
@@ -56,8 +60,10 @@ class TokenStream:
             check_row_length(shards, self.packing, split, seq_len)
         # Sequences do not cross shards. Neighbours share one token, the last label of one and first input of the next,
         # but for packed rows, which share none.
-        self._sequences = [(count if self.packing else count - 1) // seq_len for count in tokens]
-        self.num_sequences = sum(self._sequences)
+        self._sequences = np.array(
+            [(count if self.packing else count - 1) // seq_len for count in tokens], dtype=np.int64
+        )
+        self.num_sequences = int(self._sequences.sum())
         """Sequences per epoch."""
         if not self.num_sequences:
             where = f"its longest of {len(tokens)} shards" if len(tokens) > 1 else "it"
@@ -68,7 +74,15 @@ class TokenStream:
                 f"the {split} split of {shards.path} is too short for one sequence of data.seq_len {seq_len}: {where} has "
                 f"{max(tokens)} tokens and {seq_len + 1} are needed; {way_out}"
             )
+        self.raw_dtype = None if self.packing else shards.dtype
+        """Of `read_into`; None where it does not apply."""
         self._order: _EpochOrder | None = None
+        self._located: dict[int, tuple[int, int]] = {}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the order and content of the sequences, but for the seed and seq_len."""
+        return {"dataset": self.shards.fingerprint, "shuffle_window": WINDOW_SHARDS}
 
     def sample(self, index: int, part: int = 0, parts: int = 1) -> np.ndarray:
         """Tokens of sequence `index` (>= 0, any epoch) of a dataset that is not packed, int64 [seq_len + 1]: inputs are all
@@ -79,10 +93,18 @@ class TokenStream:
             UserError: the shard is damaged there.
         """
         assert not self.packing, "rows of a packed dataset have labels of their own: use row()"
+        tokens = np.empty(self.seq_len // parts + 1, dtype=self.shards.dtype)
+        self.read_into(index, tokens, part, parts)
+        return tokens.astype(np.int64)
+
+    def read_into(self, index: int, tokens: np.ndarray, part: int = 0, parts: int = 1) -> None:
+        """`sample` into a contiguous array of `raw_dtype`, [seq_len / parts + 1].
+
+        Raises:
+            UserError: the shard is damaged there.
+        """
         shard, sequence = self.locate(index)
-        length = self.seq_len // parts
-        first = sequence * self.seq_len + part * length
-        return self.shards.read(self.split, shard, first, length + 1).astype(np.int64)
+        self.shards.read_into(self.split, shard, sequence * self.seq_len + part * (self.seq_len // parts), tokens)
 
     def row(self, index: int, part: int = 0, parts: int = 1) -> Row:
         """Sequence `index` (>= 0, any epoch), or the part-th of `parts` equal slices of it, as inputs and labels.
@@ -98,29 +120,48 @@ class TokenStream:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard number, sequence number inside it) of sequence `index`."""
+        found = self._located.get(index)
+        if found is not None:
+            return found
         if index < 0:
             raise ValueError(f"sequences are numbered from 0, not {index}")
         epoch, position = divmod(index, self.num_sequences)
+        return self._epoch(epoch).locate(position)
+
+    def prepare(self, indices: np.ndarray) -> None:
+        """Locate many sequences at once, int64 [n], which is several times faster than one by one; remembers these alone."""
+        located: dict[int, tuple[int, int]] = {}
+        epochs, positions = np.divmod(indices, self.num_sequences)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            shards, sequences = self._epoch(epoch).locate_many(positions[mine])
+            pairs = zip(shards.tolist(), sequences.tolist(), strict=True)
+            located.update(zip(indices[mine].tolist(), pairs, strict=True))
+        self._located = located
+
+    def _epoch(self, epoch: int) -> _EpochOrder:
         if not self.shuffle:
             epoch = 0
         order = self._order
         if order is None or order.epoch != epoch:
             order = self._order = _EpochOrder(self._sequences, self.seed, epoch, self.shuffle)
-        return order.locate(position)
+        return order
 
 
 class _EpochOrder:
-    """The order of one epoch. `sequences`: how many each shard holds."""
+    """The order of one epoch. `sequences`: how many each shard holds. 16 bytes of memory a shard."""
 
-    def __init__(self, sequences: list[int], seed: int, epoch: int, shuffle: bool):
+    def __init__(self, sequences: np.ndarray, seed: int, epoch: int, shuffle: bool):
         self.epoch = epoch
         self._seed, self._shuffle = seed, shuffle
-        count = len(sequences)
-        key = permutation_key(seed, epoch, "shards")
-        self._shards = [permute(i, count, key) for i in range(count)] if shuffle else list(range(count))
-        ends = list(itertools.accumulate(sequences[shard] for shard in self._shards))
-        self._starts = [0, *ends[:-1]]
-        self._windows = [*self._starts[::WINDOW_SHARDS], ends[-1]]
+        shards = np.arange(len(sequences))
+        self._shards = (
+            permute_many(shards, len(sequences), permutation_key(seed, epoch, "shards")) if shuffle else shards
+        )
+        held = sequences[self._shards]
+        ends = np.cumsum(held)
+        self._starts = ends - held
+        self._windows = np.append(self._starts[::WINDOW_SHARDS], ends[-1])
         self._window_key = functools.lru_cache(maxsize=4)(self._key)
 
     def _key(self, window: int) -> tuple[int, ...]:
@@ -128,11 +169,23 @@ class _EpochOrder:
 
     def locate(self, position: int) -> tuple[int, int]:
         if self._shuffle:
-            window = bisect.bisect_right(self._windows, position) - 1
-            first, end = self._windows[window], self._windows[window + 1]
+            window = int(self._windows.searchsorted(position, side="right")) - 1
+            first, end = int(self._windows[window]), int(self._windows[window + 1])
             position = first + permute(position - first, end - first, self._window_key(window))
-        place = bisect.bisect_right(self._starts, position) - 1
-        return self._shards[place], position - self._starts[place]
+        place = int(self._starts.searchsorted(position, side="right")) - 1
+        return int(self._shards[place]), position - int(self._starts[place])
+
+    def locate_many(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._shuffle:
+            windows = self._windows.searchsorted(positions, side="right") - 1
+            shuffled = np.empty_like(positions)
+            for window in np.unique(windows).tolist():
+                mine = windows == window
+                first, end = int(self._windows[window]), int(self._windows[window + 1])
+                shuffled[mine] = first + permute_many(positions[mine] - first, end - first, self._window_key(window))
+            positions = shuffled
+        places = self._starts.searchsorted(positions, side="right") - 1
+        return self._shards[places], positions - self._starts[places]
 
 
 class MicroBatch(NamedTuple):
@@ -146,12 +199,25 @@ class MicroBatch(NamedTuple):
     """bool, where a document begins that knows nothing of those before it (data.reset_at_documents); None: nowhere."""
 
 
+class Sequences(Protocol):
+    """What a BatchLoader reads: a TokenStream, or a Mixture of several."""
+
+    seq_len: int
+    packing: Packing | None
+    raw_dtype: np.dtype[Any] | None
+
+    def prepare(self, indices: np.ndarray) -> None: ...
+    def read_into(self, index: int, tokens: np.ndarray, part: int = 0, parts: int = 1) -> None: ...
+    def row(self, index: int, part: int = 0, parts: int = 1) -> Row: ...
+
+
 class BatchLoader:
-    """This rank's share of every optimizer step, read ahead by one thread. Iterates without end; close it when done.
+    """This rank's share of every optimizer step, read ahead by one thread. Iterates as long as batch_size does; close it
+    when done.
 
     Args:
         stream: where sequences come from.
-        batch_size: sequences per step over all ranks.
+        batch_size: sequences per step over all ranks; an iterable gives the number of each step, from the first one on.
         micro_batch: sequences per MicroBatch; 0: the rank's share at once.
         data_rank, data_size: this rank among the data-parallel ones; it takes the sequences
             position + data_rank * batch_size / data_size + m for m in 0..batch_size / data_size - 1.
@@ -167,9 +233,9 @@ class BatchLoader:
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: Sequences,
         *,
-        batch_size: int,
+        batch_size: int | Iterable[int],
         micro_batch: int,
         data_rank: int,
         data_size: int,
@@ -179,35 +245,22 @@ class BatchLoader:
         sequence_size: int = 1,
         document_starts: bool = False,
     ):
-        if batch_size % data_size or (micro_batch and batch_size // data_size % micro_batch):
-            raise UserError(
-                f"a batch of {batch_size} sequences does not divide over {data_size} data-parallel ranks and micro-batches of "
-                f"{micro_batch}: change data.batch_tokens or data.micro_batch"
-            )
+        if isinstance(batch_size, int):
+            _check_divides(batch_size, data_size, micro_batch)
+            batch_size = itertools.repeat(batch_size)
         assert 0 <= data_rank < data_size
         assert 0 <= sequence_rank < sequence_size
         assert stream.seq_len % sequence_size == 0
         assert stream.packing or not document_starts
-        slice_of_row = functools.partial(stream.row, part=sequence_rank, parts=sequence_size)
         self.position = start
         """Number of the first sequence of the step that comes next."""
-        self._batch_size = batch_size
-        share = batch_size // data_size
-        self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=prefetch)
+        self._queue: queue.Queue[tuple[int, list[MicroBatch]] | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        reader = _Reader(stream, data_rank, data_size, sequence_rank, sequence_size, micro_batch, document_starts)
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(
-                slice_of_row,
-                start + data_rank * share,
-                share,
-                micro_batch or share,
-                batch_size,
-                document_starts,
-                self._queue,
-                self._stop,
-            ),
+            args=(reader, start, iter(batch_size), self._queue, self._stop),
             name="batch-loader",
             daemon=True,
         )
@@ -222,8 +275,9 @@ class BatchLoader:
         if self._error is None:
             item = self._queue.get()
             if not isinstance(item, BaseException):
-                self.position += self._batch_size
-                return item
+                size, batch = item
+                self.position += size
+                return batch
             self._error = item
         raise self._error
 
@@ -243,22 +297,81 @@ class BatchLoader:
         self.close()
 
 
+def _check_divides(batch_size: int, data_size: int, micro_batch: int) -> None:
+    if batch_size % data_size or (micro_batch and batch_size // data_size % micro_batch):
+        raise UserError(
+            f"a batch of {batch_size} sequences does not divide over {data_size} data-parallel ranks and micro-batches of "
+            f"{micro_batch}: change data.batch_tokens or data.micro_batch"
+        )
+
+
+class _Reader:
+    """Reads one rank's share of a step."""
+
+    def __init__(
+        self,
+        stream: Sequences,
+        data_rank: int,
+        data_size: int,
+        sequence_rank: int,
+        sequence_size: int,
+        micro_batch: int,
+        document_starts: bool,
+    ):
+        self._stream = stream
+        self._data_rank, self._data_size = data_rank, data_size
+        self._slice = {"part": sequence_rank, "parts": sequence_size}
+        self._length = stream.seq_len // sequence_size
+        self._micro_batch = micro_batch
+        self._document_starts = document_starts
+
+    def share(self, first: int, size: int) -> range:
+        """The sequences of the step that starts at `first` which are this rank's."""
+        _check_divides(size, self._data_size, self._micro_batch)
+        rows = size // self._data_size
+        return range(first + self._data_rank * rows, first + (self._data_rank + 1) * rows)
+
+    def prepare(self, shares: list[range]) -> None:
+        self._stream.prepare(np.concatenate([np.arange(share.start, share.stop) for share in shares]))
+
+    def read(self, share: range) -> list[MicroBatch]:
+        fields: tuple[np.ndarray, ...]
+        if self._stream.raw_dtype is not None:
+            # Bytes from the disk into their row, then one pass each for inputs and labels.
+            raw = np.empty((len(share), self._length + 1), dtype=self._stream.raw_dtype)
+            for row, index in enumerate(share):
+                self._stream.read_into(index, raw[row], **self._slice)
+            fields = raw[:, :-1].astype(np.int64, order="C"), raw[:, 1:].astype(np.int64, order="C")
+        else:
+            rows = [self._stream.row(index, **self._slice) for index in share]
+            used = tuple(zip(*rows, strict=True))[: 3 if self._document_starts else 2]
+            fields = tuple(np.stack(field) for field in used)
+        parts = (torch.from_numpy(field).split(self._micro_batch or len(share)) for field in fields)
+        return [MicroBatch(*part) for part in zip(*parts, strict=True)]
+
+
 def _read_ahead(
-    row: Callable[[int], Row],
+    reader: _Reader,
     first: int,
-    share: int,
-    micro_batch: int,
-    stride: int,
-    document_starts: bool,
-    steps: queue.Queue[list[MicroBatch] | BaseException],
+    sizes: Iterator[int],
+    steps: queue.Queue[tuple[int, list[MicroBatch]] | BaseException],
     stop: threading.Event,
 ) -> None:
     try:
         while not stop.is_set():
-            rows = [row(first + m) for m in range(share)]
-            fields = tuple(zip(*rows, strict=True))[: 3 if document_starts else 2]
-            parts = (torch.from_numpy(np.stack(field)).split(micro_batch) for field in fields)
-            steps.put([MicroBatch(*part) for part in zip(*parts, strict=True)])
-            first += stride
+            coming: list[tuple[int, range]] = []
+            while sum(len(share) for _, share in coming) < LOCATED_AT_ONCE:
+                size = next(sizes, None)
+                if size is None:
+                    break
+                coming.append((size, reader.share(first, size)))
+                first += size
+            if not coming:
+                raise StopIteration
+            reader.prepare([share for _, share in coming])
+            for size, share in coming:
+                if stop.is_set():
+                    break
+                steps.put((size, reader.read(share)))
     except BaseException as error:  # whatever it is, the consumer must not wait for ever
         steps.put(error)

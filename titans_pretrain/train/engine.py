@@ -153,6 +153,17 @@ class Engine:
         # It copies DeepSpeed's conversion scripts into every checkpoint, and on a full disk would raise on rank 0 alone.
         self._engine._copy_recovery_script = lambda save_path: None
 
+    def begin_step(self, micro_batches: int) -> None:
+        """Before a step's first micro-batch: how many it has, where that may change (data.batch_ramp)."""
+        engine = self._engine
+        if micro_batches == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        # It takes every so manieth micro-batch since the start for a step's last, so the count starts anew.
+        engine.micro_steps = 0
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = micro_batches
+
     def forward_backward(
         self, tokens: Tensor, labels: Tensor, scale: float, document_starts: Tensor | None = None
     ) -> Tensor:
@@ -259,7 +270,8 @@ class Engine:
         return self._checkpoint_engine.written, self._checkpoint_engine.error
 
     def load(self, folder: Path) -> None:
-        """Restore weights and optimizer state saved with the same world size, stage and precision. Collective."""
+        """Restore weights and optimizer state saved with the same stage and precision and, from stage 1 on, the same world
+        size: in stage 0 every rank reads the one copy of both. Collective."""
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, load_lr_scheduler_states=False)
         assert path is not None
