@@ -156,6 +156,19 @@ class ModelConfig:
     def has_attention(self) -> bool:
         return self.variant != "lmm"
 
+    @property
+    def document_grid_key(self) -> str:
+        """The key that says where in a row a document may begin; empty: anywhere."""
+        if self.variant == "mac":  # every segment begins a chunk
+            return "model.segment_len"
+        return "model.memory_chunk" if self.has_memory else ""
+
+    @property
+    def document_grid(self) -> int:
+        """A document inside a row begins at a multiple of so many tokens (data.reset_at_documents)."""
+        key = self.document_grid_key
+        return int(getattr(self, key.removeprefix("model."))) if key else 1
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -214,6 +227,11 @@ class DataConfig:
     micro_batch: int = 0
     """Sequences per rank and forward pass; the rest of the batch is gradient accumulation. 0: the rank's whole share
     at once."""
+    reset_at_documents: bool = False
+    """Compute every document as if it were alone at the beginning of a row: attention, convolutions and memory see nothing
+    of the documents before it. Needs rows packed by build_shards.py --packing bestfit with an --align that is a multiple of
+    model.memory_chunk (of model.segment_len for mac), and parallel.sequence 1. Default false: documents follow each other
+    in one stream, as in the paper, and the memory learns across them."""
     prefetch: int = 2
     """Optimizer steps the reader thread works ahead. Default 2: hides one slow read."""
 
@@ -617,6 +635,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_sources(config.data)
     _check_batch(config)
+    _check_documents(config)
     _check_compile(config)
 
 
@@ -758,6 +777,15 @@ def _check_batch(config: Config) -> None:
         raise UserError(
             "engine.zero_stage=0 with engine.precision=bf16 gives wrong AdamW updates in DeepSpeed; "
             "use engine.zero_stage=1 (the same without sharding on one process) or engine.precision=fp32"
+        )
+
+
+def _check_documents(config: Config) -> None:
+    longer = [m for m in config.eval.length_multiples if m > 1]
+    if config.data.reset_at_documents and longer:
+        raise UserError(
+            f"eval.length_multiples ({list(config.eval.length_multiples)}) above 1 does not go with "
+            "data.reset_at_documents=true: no document is longer than data.seq_len there; set eval.length_multiples=[1]"
         )
 
 

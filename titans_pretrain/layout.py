@@ -50,6 +50,11 @@ def memory_strategy(config: Config) -> str:
     return "hand_off" if config.model.variant == "mac" else "head_exchange"
 
 
+def micro_batch_rows(config: Config, data_size: int) -> int:
+    """Sequences per rank and forward pass."""
+    return config.data.micro_batch or config.batch_size // data_size
+
+
 def choose_layout(config: Config, world_size: int) -> Layout:
     """The layout of `world_size` processes.
 
@@ -75,6 +80,7 @@ def choose_layout(config: Config, world_size: int) -> Layout:
     _check_compile(config, layout)
     _check_tensor(config, layout)
     if layout.sequence > 1:
+        _check_documents(config, layout)
         _check_sequence(config, layout)
     return layout
 
@@ -118,6 +124,14 @@ def _check_tensor(config: Config, layout: Layout) -> None:
                 f"{name} ({count}) does not divide over parallel.tensor ({size}); use parallel.tensor={_divisor(count, size)} "
                 f"or change {name}"
             )
+
+
+def _check_documents(config: Config, layout: Layout) -> None:
+    if config.data.reset_at_documents:
+        raise UserError(
+            f"data.reset_at_documents=true does not go with parallel.sequence ({layout.sequence}) above 1 yet: a document "
+            "would lie on several ranks; set parallel.sequence=1 or data.reset_at_documents=false"
+        )
 
 
 def _check_sequence(config: Config, layout: Layout) -> None:

@@ -100,9 +100,8 @@ def summarize(run: Path) -> list[tuple[str, str]]:
 
 def sources_text(metrics: Metrics) -> list[tuple[str, str]]:
     """What each source of a mixture has served, from the last step that says so."""
-    said: dict[str, Any] = next(
-        (row for row in reversed(metrics.steps) if any(key.startswith("tokens/") for key in row)), {}
-    )
+    nothing: dict[str, Any] = {}
+    said = next((row for row in reversed(metrics.steps) if any(key.startswith("tokens/") for key in row)), nothing)
     served = {key.removeprefix("tokens/"): tokens for key, tokens in said.items() if key.startswith("tokens/")}
     return [
         (

@@ -196,12 +196,12 @@ class _EpochOrder:
 class MicroBatch(NamedTuple):
     """int64 [rows, seq_len], or this rank's slice of the columns, each.
 
-    labels[:, t] is the token after tokens[:, t], or -100 where none is predicted. document_starts (bool, of the same shape)
-    is true where a document starts; None unless the loader was asked for it."""
+    labels[:, t] is the token after tokens[:, t], or -100 where none is predicted."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     document_starts: torch.Tensor | None = None
+    """bool, where a document begins that knows nothing of those before it (data.reset_at_documents); None: nowhere."""
 
 
 class Sequences(Protocol):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import memory_strategy
+from titans_pretrain.layout import memory_strategy, micro_batch_rows
 from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
@@ -115,8 +115,8 @@ _PREFIX = "model."
 """What `_Root` puts before parameter names."""
 
 
-def _training_loss(model: Titans, tokens: Tensor, labels: Tensor) -> Tensor:
-    return model(tokens, labels)
+def _training_loss(model: Titans, *batch: Tensor | None) -> Tensor:
+    return model(*batch)
 
 
 class Engine:
@@ -164,7 +164,9 @@ class Engine:
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):
             engine.optimizer.gradient_accumulation_steps = micro_batches
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def forward_backward(
+        self, tokens: Tensor, labels: Tensor, scale: float, document_starts: Tensor | None = None
+    ) -> Tensor:
         """Accumulate the gradient of `scale` times the sum of token losses.
 
         DeepSpeed averages gradients over data ranks, so for the mean over all tokens of a step `scale` is
@@ -172,15 +174,18 @@ class Engine:
 
         Args:
             tokens, labels: int64 [rows, seq_len], on any device.
+            document_starts: bool, as tokens; see Titans.forward.
 
         Returns:
             this rank's unscaled loss sum, fp32 scalar, detached.
         """
-        tokens = tokens.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        loss = self._engine(_training_loss, tokens, labels)
+        loss = self._engine(_training_loss, *self.at_hand(tokens, labels, document_starts))
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
+
+    def at_hand(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """`tensors` on this rank's device."""
+        return [None if x is None else x.to(self.device, non_blocking=True) for x in tensors]
 
     @property
     def at_last_micro_batch(self) -> bool:
@@ -310,11 +315,6 @@ def _size_bucket(zero: dict[str, Any], config: Config, grid: Grid, num_parameter
     else:
         # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model.
         zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))
-
-
-def micro_batch_rows(config: Config, data_size: int) -> int:
-    """Sequences per rank and forward pass."""
-    return config.data.micro_batch or config.batch_size // data_size
 
 
 def deepspeed_settings(config: Config, grid: Grid) -> dict[str, Any]:

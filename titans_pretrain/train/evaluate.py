@@ -16,12 +16,13 @@ from torch import Tensor
 
 from titans_pretrain.config import Config
 from titans_pretrain.data.mixture import Sources
-from titans_pretrain.data.stream import TokenStream
+from titans_pretrain.data.stream import MicroBatch, TokenStream
 from titans_pretrain.errors import UserError
+from titans_pretrain.layout import micro_batch_rows
 from titans_pretrain.model import Titans
 from titans_pretrain.model.titans import ModelState
 from titans_pretrain.parallel.grid import Grid
-from titans_pretrain.train.engine import Engine, micro_batch_rows
+from titans_pretrain.train.engine import Engine
 
 
 class ValidationSet(NamedTuple):
@@ -49,6 +50,7 @@ class Evaluation:
     def __init__(self, config: Config, sources: Sources, grid: Grid) -> None:
         self.grid = grid
         self.seq_len = config.data.seq_len
+        self.document_starts = config.data.reset_at_documents
         self.rows = micro_batch_rows(config, grid.data.size)
         weighted = list(zip(sources.sources, sources.weights, strict=True))
         held_out = [(source, weight) for source, weight in weighted if source.shards.has_tokens("valid")]
@@ -93,33 +95,40 @@ class Evaluation:
         # All ranks run equally many equally shaped batches, or ZeRO-3's gathers would not match up.
         most = -(-count // ranks)
         rows = min(self.rows, most)
-        total = torch.zeros((), dtype=torch.float64)
-        predicted = 0
+        total, valid = torch.zeros((), dtype=torch.float64), 0
         for start in range(0, most, rows):
-            tokens, labels = _batch(stream, mine[start : start + rows], rows)
-            predicted += int((labels != -100).sum())
+            batch = _batch(stream, mine[start : start + rows], rows, self.document_starts)
+            valid += int((batch.labels != -100).sum())
+            if batch.document_starts is not None:  # whole documents in each row: there is nothing to carry along
+                assert multiple == 1
+                total += engine.evaluate(_loss, *engine.at_hand(*batch)).double().cpu()
+                continue
             state = None
             for piece in range(multiple):
                 columns = slice(piece * self.seq_len, (piece + 1) * self.seq_len)
-                loss, state = engine.evaluate(
-                    _loss_and_state,
-                    tokens[:, columns].to(self.grid.device),
-                    labels[:, columns].to(self.grid.device),
-                    state,
-                )
+                tokens, labels = (x[:, columns].to(self.grid.device) for x in (batch.tokens, batch.labels))
+                loss, state = engine.evaluate(_loss_and_state, tokens, labels, state)
                 total += loss.double().cpu()
-        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(predicted)])).sum(0)
+        summed = self.grid.distinct(self.grid.gather_numbers([float(total), float(valid)])).sum(0)
         return float(summed[0] / summed[1])
 
 
-def _batch(stream: TokenStream, indices: range, rows: int) -> tuple[Tensor, Tensor]:
-    """Sequences `indices` -> tokens, labels int64 [rows, length]; missing rows are filled with ignored labels."""
+def _batch(stream: TokenStream, indices: range, rows: int, document_starts: bool) -> MicroBatch:
+    """Sequences `indices` -> rows of them; missing rows are filled with ignored labels."""
     tokens = torch.zeros(rows, stream.seq_len, dtype=torch.int64)
     labels = torch.full((rows, stream.seq_len), -100)
+    starts = torch.zeros(rows, stream.seq_len, dtype=torch.bool) if document_starts else None
     for row, index in enumerate(indices):
         sequence = stream.row(index)
         tokens[row], labels[row] = torch.from_numpy(sequence.tokens), torch.from_numpy(sequence.labels)
-    return tokens, labels
+        if starts is not None:
+            assert sequence.document_starts is not None
+            starts[row] = torch.from_numpy(sequence.document_starts)
+    return MicroBatch(tokens, labels, starts)
+
+
+def _loss(model: Titans, *batch: Tensor | None) -> Tensor:
+    return model(*batch)
 
 
 def _loss_and_state(

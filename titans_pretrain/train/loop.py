@@ -16,19 +16,17 @@ from titans_pretrain.data.mixture import Sources, paths
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import choose_layout, describe, memory_strategy
-from titans_pretrain.model import Titans, initialize
+from titans_pretrain.layout import choose_layout, describe, micro_batch_rows
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
+from titans_pretrain.parallel.build import build_model
 from titans_pretrain.parallel.grid import AgreedError, Grid
-from titans_pretrain.parallel.sequence import ShardedSequence
-from titans_pretrain.parallel.tensor import split_model
 from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
 from titans_pretrain.train.compiler import check_compiler
 from titans_pretrain.train.course import chart
 from titans_pretrain.train.drift import check_copies
-from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
+from titans_pretrain.train.engine import Engine, NotFiniteError
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.schedule import learning_rate
@@ -74,11 +72,7 @@ def train(config: Config, grid: Grid) -> Progress:
         course = chart(config, sources, start_from, manifest)
 
     # Model and engine
-    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-    model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
-    initialize(model, config.run.seed)
-    split_model(model, grid.tensor)
-    model.activation_checkpointing = config.engine.activation_checkpointing
+    model = build_model(config, grid, config.run.seed)
     if config.model.compile:
         model.compile_blocks()
     engine = Engine(config, model, grid)
@@ -96,7 +90,9 @@ def train(config: Config, grid: Grid) -> Progress:
         report.say(f"no part in the validation loss, having no validation split: {', '.join(evaluation.without)}")
     if config.model.has_memory:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        report.say(f"memory operator: {describe_path(config.model, grid.device, dtype)}")
+        report.say(
+            f"memory operator: {describe_path(config.model, grid.device, dtype, config.data.reset_at_documents)}"
+        )
 
     # Resume
     progress = course.start
@@ -122,6 +118,7 @@ def train(config: Config, grid: Grid) -> Progress:
         sequence_size=grid.sequence.size,
         start=progress.position,
         prefetch=config.data.prefetch,
+        document_starts=config.data.reset_at_documents,
     )
     first_step = progress.step
     try:
@@ -135,7 +132,7 @@ def train(config: Config, grid: Grid) -> Progress:
                 batch = next(loader)
             except UserError as error:
                 failure = error
-            valid = sum(int((labels != -100).sum()) for _, labels, _ in batch)
+            valid = sum(int((micro_batch.labels != -100).sum()) for micro_batch in batch)
             counted = grid.gather_numbers([valid, failure is not None])
             if counted[:, 1].any():
                 grid.raise_agreed(failure)
@@ -149,11 +146,11 @@ def train(config: Config, grid: Grid) -> Progress:
             wants_signals = next_progress.step % config.log.interval == 0
             local_loss = 0.0
             engine.begin_step(len(batch))
-            for index, (tokens, labels, _) in enumerate(batch):
+            for index, (tokens, labels, document_starts) in enumerate(batch):
                 if index:
                     engine.end_micro_batch()
                 model.set_signals(wants_signals and index == len(batch) - 1)
-                local_loss += float(engine.forward_backward(tokens, labels, scale))
+                local_loss += float(engine.forward_backward(tokens, labels, scale, document_starts))
             signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
             shared = grid.gather_numbers([local_loss, memory_in_use(grid.device), *signals.values()])
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
@@ -224,7 +221,9 @@ def open_sources(config: Config) -> Sources:
 
 
 def resolve(config: Config, sources: Sources) -> Config:
-    """`config` with model.vocab_size taken from the data where it is 0."""
+    """`config` with model.vocab_size taken from the data where it is 0, once it fits the data."""
+    for source in sources.sources:
+        check_documents(config, source.shards)
     vocab_size = config.model.vocab_size or sources.vocab_size
     if vocab_size < sources.vocab_size:
         raise UserError(
@@ -232,6 +231,30 @@ def resolve(config: Config, sources: Sources) -> Config:
             "set model.vocab_size=0 to take it from the data"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def check_documents(config: Config, shards: ShardSet) -> None:
+    """Refuse data.reset_at_documents where the dataset's documents do not begin where the model can begin anew.
+
+    Raises:
+        UserError: names the keys, and how to build the dataset.
+    """
+    if not config.data.reset_at_documents:
+        return
+    grid, key = config.model.document_grid, config.model.document_grid_key
+    packing = shards.manifest.options.get("packing", {"kind": "concat"})
+    rebuild = f"build the dataset with --packing bestfit --seq-len {config.data.seq_len} --align {grid}"
+    if packing["kind"] != "bestfit":
+        raise UserError(
+            f"data.reset_at_documents=true needs whole documents in rows, but {shards.path} has packing {packing['kind']}; "
+            f"{rebuild}, or set data.reset_at_documents=false"
+        )
+    if packing["align"] % grid:
+        raise UserError(
+            f"data.reset_at_documents=true needs documents that begin at multiples of {key} ({grid}), but those of "
+            f"{shards.path} begin at multiples of {packing['align']}; {rebuild}, or set {key} to a divisor of "
+            f"{packing['align']}"
+        )
 
 
 def describe_batches(config: Config, data_size: int) -> str:
