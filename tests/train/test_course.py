@@ -123,7 +123,7 @@ def test_lists_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:
     assert source_names(config.data) == ["web", "my-code"]
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
-    assert config.num_steps == 3815 + 12396
+    assert config.num_steps == 3815 + 12398
 
 
 # ---------------------------------------------------------------------------------------------------- same run, resumed
