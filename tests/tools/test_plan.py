@@ -44,11 +44,12 @@ def tree(**overrides: Any) -> dict[str, dict[str, Any]]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "stage 0, accumulating": dict(engine__zero_stage=0, data__micro_batch=1),
     "stage 1 in bf16, accumulating": dict(engine__precision="bf16", data__micro_batch=1),
     "stage 3": dict(engine__zero_stage=3),
-    "recomputing": dict(engine__activation_checkpointing=True, model__variant="mac"),
-    "tensor 2": dict(parallel__tensor=2, model__variant="mal"),
+    "more parameters than activations": dict(
+        engine__zero_stage=3, engine__precision="bf16", data__seq_len=64, data__batch_tokens=128, data__micro_batch=1
+    ),
+    "recomputing, tensor 2": dict(engine__activation_checkpointing=True, parallel__tensor=2, model__variant="mac"),
     "hand off": dict(parallel__sequence=2, parallel__memory="hand_off", engine__zero_stage=2, model__variant="lmm"),
 }
 

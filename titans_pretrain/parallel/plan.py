@@ -17,7 +17,9 @@ from titans_pretrain.errors import UserError
 from titans_pretrain.layout import Layout, choose_layout, memory_strategy, micro_batch_rows
 from titans_pretrain.parallel.trace import FIRST, FORWARD, LAST, Trace, Traffic, local_shapes, trace
 
-UPDATE = "update"
+REDUCTION, UPDATE = "reduction of the gradients", "update"
+LIVE = 1_000_000_000
+"""Elements that ZeRO stage 3 keeps gathered at most: DeepSpeed's default."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "memory states")
 
 
@@ -35,7 +37,7 @@ class Plan:
     bytes: dict[str, float]
     """By PARTS, in the moment when their sum is largest. Memory states: the states (W, S) that the backward pass needs."""
     peak: str
-    """That moment: of trace.WINDOWS, or UPDATE."""
+    """That moment: of trace.WINDOWS, REDUCTION or UPDATE."""
     traffic: dict[str, Traffic]
     """What this rank sends in a step, by group: "replicas" (data x sequence: gradients and weights), "sequence", "tensor"."""
 
@@ -61,6 +63,7 @@ def make_plan(config: Config, layout: Layout, device: str) -> Plan:
     # In later micro-batches gradients add to those there are, and from stage 1 on they go to buckets: _Held counts both.
     traced = trace(config, layout, rows, device, keep_gradients=held.stage == 0 and accumulation == 1)
     moments = {moment: held.at(moment, traced) for moment in (FORWARD, LAST, FIRST)}
+    moments[REDUCTION] = held.at_reduction()
     moments[UPDATE] = held.at_update(device)
     peak = max(moments, key=lambda moment: sum(moments[moment].values()))
     traffic = {"replicas": held.traffic(config.engine.activation_checkpointing)}
@@ -83,12 +86,11 @@ class _Held:
         hands_off = layout.sequence > 1 and config.model.has_memory and memory_strategy(config) == "hand_off"
         bucket = self.elements if hands_off else min(500_000_000, self.elements)
         self.bucket = zero.get("reduce_bucket_size", bucket)
-        # Stage 3 leaves small parameters whole, and gathers large ones some way ahead of their use.
+        # Stage 3 leaves small parameters whole, and keeps large ones gathered until a bound.
         threshold = zero.get("stage3_param_persistence_threshold", 100_000)
         large = [size for size in sizes if size >= threshold]
         self.small = self.elements - sum(large)
-        ahead = zero.get("stage3_prefetch_bucket_size", 50_000_000)
-        self.gathered = min(sum(large), max(large, default=0) + ahead)
+        self.gathered = min(sum(large), LIVE)
 
     def at(self, moment: str, traced: Trace) -> dict[str, float]:
         """Bytes by PARTS during a pass: the last micro-batch's, when the gradients of those before it are there."""
@@ -103,12 +105,32 @@ class _Held:
             bytes["gradients"] += 2 * n * (several or ends)
         elif self.stage == 2:
             bytes["gradients"] += self.weight * self.bucket * backward + 4 * shard * (several or ends)
+            bytes["gradients"] += self._copies() * (backward and self.bucket < n)
         else:
             bytes["weights"] += self.weight * self.gathered
-            bytes["gradients"] += 4 * self.bucket * (backward or (several and not self.wide))
         bytes["memory states"] = traced.memory_states if moment != FIRST else 0.0
         bytes["activations"] = traced.peaks[moment] - bytes["memory states"]
         return bytes
+
+    def at_reduction(self) -> dict[str, float]:
+        """After the backward pass, or at its end: gradients are copied into a message."""
+        bytes = self._standing()
+        n = self.elements
+        if self.stage == 0 or (self.stage == 1 and self.wide):  # in stage 1 they move into the bucket one by one
+            bytes["gradients"] += 4 * n + self._copies()
+        elif self.stage == 1:
+            bytes["gradients"] += 2 * n
+        elif self.stage == 2:
+            share = 0 if self.wide else 4 * n / self.replicas
+            bytes["gradients"] += self.weight * self.bucket + self._copies() + share
+        else:
+            bytes["weights"] += self.weight * self.gathered
+            bytes["gradients"] += self._copies()
+        return bytes
+
+    def _copies(self) -> float:
+        """Of a bucket while it is reduced: one in fp32, in stage 2 after one in the bucket's dtype."""
+        return (4 if self.wide or self.stage == 3 else 4 + self.weight) * self.bucket
 
     def at_update(self, device: str) -> dict[str, float]:
         bytes = self._standing()
@@ -123,7 +145,7 @@ class _Held:
         bytes = dict.fromkeys(PARTS, 0.0)
         if self.stage == 3:
             bytes["weights"] = self.weight * (shard + self.small)
-            bytes["gradients"] = (4 if self.wide else 8) * shard + self.weight * self.bucket
+            bytes["gradients"] = 4 * shard + 4 * self.bucket
         else:
             bytes["weights"] = self.weight * n
         if self.stage == 1 and not self.wide:
@@ -144,7 +166,7 @@ class _Held:
             return Traffic(2 * gradients + weights, buckets + 1)
         if self.stage == 2:
             return Traffic(2 * gradients * self.accumulation + weights, buckets * self.accumulation + 1)
-        passes = 3 if recomputes else 2
+        passes = 1 if self.elements <= LIVE else 3 if recomputes else 2
         gathers = self.weight * (self.elements - self.small) * share
         once = self.weight * self.small * share
         return Traffic((gradients + passes * gathers) * self.accumulation + once, buckets * self.accumulation + 1)
