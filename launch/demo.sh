@@ -76,7 +76,7 @@ made $demo/tokenizer.made "$python" tokenizer/train_tokenizer.py --input "${text
 heading "tokens in shards"
 key="$key tokenizer $(cksum <$demo/tokenizer.model) data $(cat titans_pretrain/data/*.py | cksum)"
 made $demo/data.made "$python" tokenizer/build_shards.py --input "${text[@]}" --tokenizer $demo/tokenizer.model \
-  --val-fraction $val_fraction --output $demo/data --overwrite
+  --val-fraction $val_fraction --output $demo/data --overwrite --restart
 
 # One process per core of the smallest machine the demo is made for, or one per GPU where there are GPUs.
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')

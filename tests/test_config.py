@@ -185,6 +185,10 @@ RULES = [
     (["optimizer.beta2=1"], ["optimizer.beta2", "below 1"]),
     (["eval.length_multiples=[]"], ["eval.length_multiples"]),
     (["eval.length_multiples=[0]"], ["eval.length_multiples", "[0]"]),
+    (
+        ["eval.length_multiples=[1,4]", "data.reset_at_documents=true"],
+        ["eval.length_multiples ([1, 4])", "data.reset_at_documents=true", "eval.length_multiples=[1]"],
+    ),
     (["run.name=a/b"], ["run.name", "'a/b'", "run.dir"]),
     (["run.name="], ["run.name", "''"]),
 ]

@@ -83,6 +83,10 @@ def test_data_takes_the_ranks_that_sequence_and_tensor_leave() -> None:
             ["parallel.sequence=4", "parallel.memory=chunk_scan", "model.memory_chunk=40"],
             ["chunk_scan", "model.memory_chunk (40)", "16 tokens"],
         ),
+        (
+            ["parallel.sequence=2", "data.reset_at_documents=true", "model.num_heads=4"],
+            ["data.reset_at_documents=true", "parallel.sequence (2)", "parallel.sequence=1"],
+        ),
         (["parallel.tensor=2", "model.compile=true"], ["model.compile=true", "parallel.tensor (2)"]),
     ],
 )
@@ -99,6 +103,7 @@ def test_what_cannot_work_is_refused(overrides: list[str], parts: list[str]) -> 
         ["parallel.sequence=4", "parallel.memory=chunk_scan", "model.memory_chunk=32"],
         ["parallel.sequence=4", "model.variant=mac", "model.segment_len=16"],
         ["parallel.tensor=2", "model.variant=lmm", "model.num_heads=1", "model.memory_heads=2"],
+        ["parallel.tensor=2", "data.reset_at_documents=true"],
     ],
 )
 def test_what_works_is_allowed(overrides: list[str]) -> None:

@@ -8,11 +8,13 @@ ignored: an unknown key is an error that names the nearest one. Zero means "deri
 from __future__ import annotations
 
 import ast
+import bisect
 import dataclasses
 import difflib
 import inspect
 import itertools
 import math
+import re
 import textwrap
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -154,6 +156,53 @@ class ModelConfig:
     def has_attention(self) -> bool:
         return self.variant != "lmm"
 
+    @property
+    def document_grid_key(self) -> str:
+        """The key that says where in a row a document may begin; empty: anywhere."""
+        if self.variant == "mac":  # every segment begins a chunk
+            return "model.segment_len"
+        return "model.memory_chunk" if self.has_memory else ""
+
+    @property
+    def document_grid(self) -> int:
+        """A document inside a row begins at a multiple of so many tokens (data.reset_at_documents)."""
+        key = self.document_grid_key
+        return int(getattr(self, key.removeprefix("model."))) if key else 1
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of a mixture."""
+
+    path: str = ""
+    """As data.path. Required."""
+    weight: float = 1.0
+    """Its share of the sequences, over the sum of all sources' weights; 0: none until data.phases gives it some."""
+    max_epochs: float = 0.0
+    """Most times its sequences may be seen over the run; a schedule that needs more is refused at the start. 0: no limit."""
+    name: str = ""
+    """What metrics and sentences call it; letters, digits, . _ and -. Empty: the last part of its path."""
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """New weights of the sources from some point of training on."""
+
+    tokens: int = 0
+    """Tokens trained on before they hold, rounded up to whole sequences."""
+    weights: tuple[float, ...] = ()
+    """One for each of data.sources, in their order."""
+
+
+@dataclass(frozen=True)
+class RampConfig:
+    """A new batch size from some point of training on."""
+
+    tokens: int = 0
+    """Tokens trained on before it holds; it changes between steps."""
+    batch_tokens: int = 0
+    """Tokens per optimizer step over all ranks from there on."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -162,14 +211,29 @@ class DataConfig:
     path: str = ""
     """Directory written by tokenizer/build_shards.py (index.json and shards), or where it was copied: http://, https://,
     s3://BUCKET/PREFIX, or pipe:COMMAND with {name} for the file that the command writes to its output
-    (docs/remote-data.md). Required."""
+    (docs/remote-data.md). Required, unless `sources` is given."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several such directories instead of `path`, mixed by weight: `[{path: a, weight: 0.7}, {path: b, weight: 0.3,
+    max_epochs: 4, name: code}]`. Only `path` must be given; weight defaults to 1, max_epochs to 0 (no limit), name to the
+    last part of the path. All must have been made with one tokenizer."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Weights of `sources` that change in the course of training: `[{tokens: 8e9, weights: [0.2, 0.8]}]` holds from 8
+    billion tokens on. What each source has served carries over."""
     seq_len: int = 4096
     """Tokens a sequence predicts. Default: the paper's training length."""
     batch_tokens: int = 524288
     """Tokens per optimizer step over all ranks. Default: the paper's half a million."""
+    batch_ramp: tuple[RampConfig, ...] = ()
+    """Batch sizes that change in the course of training: `[{tokens: 1e9, batch_tokens: 1048576}]` takes that many tokens per
+    step from the first step after a billion tokens on; before, data.batch_tokens. Every size must divide over the ranks."""
     micro_batch: int = 0
     """Sequences per rank and forward pass; the rest of the batch is gradient accumulation. 0: the rank's whole share
     at once."""
+    reset_at_documents: bool = False
+    """Compute every document as if it were alone at the beginning of a row: attention, convolutions and memory see nothing
+    of the documents before it. Needs rows packed by build_shards.py --packing bestfit with an --align that is a multiple of
+    model.memory_chunk (of model.segment_len for mac), and parallel.sequence 1. Default false: documents follow each other
+    in one stream, as in the paper, and the memory learns across them."""
     prefetch: int = 2
     """Optimizer steps the reader thread works ahead. Default 2: hides one slow read."""
     cache_dir: str = ""
@@ -316,6 +380,10 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint in the run folder, or start anew; never: refuse to start where
     the run folder holds checkpoints; or the path of one checkpoint folder to continue from."""
+    new_phase: bool = False
+    """Allow a checkpoint to go on with another stream of data: where the sources, weights, data.seq_len or run.seed differ
+    from the checkpoint's, the new stream starts at its beginning with fresh counts; data.batch_tokens may differ too. Where
+    nothing differs it does nothing, so it may stay set. Default false: such a difference is mostly a mistake."""
     stop_after: int = 0
     """Stop, saving, after this many steps of this process (a planned interruption; the schedule is unchanged). 0: run
     to the end."""
@@ -344,13 +412,69 @@ class Config:
 
     @property
     def batch_size(self) -> int:
-        """Sequences per optimizer step over all ranks."""
+        """Sequences per optimizer step over all ranks, before data.batch_ramp."""
         return self.data.batch_tokens // self.data.seq_len
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sequences per optimizer step over all ranks: every size the run comes to."""
+        return [
+            size // self.data.seq_len
+            for size in (self.data.batch_tokens, *(r.batch_tokens for r in self.data.batch_ramp))
+        ]
+
+    @property
+    def steps(self) -> StepPlan:
+        """Steps against tokens of a run that starts by this config."""
+        return StepPlan(self.data, self.schedule.tokens)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run (the last one may overshoot schedule.tokens by part of a batch)."""
-        return math.ceil(self.schedule.tokens / self.data.batch_tokens)
+        return self.steps.num_steps
+
+
+class StepPlan:
+    """How many tokens come before each optimizer step, under data.batch_ramp: closed forms, no counters.
+
+    Args:
+        data: batch_tokens and batch_ramp.
+        total: tokens of the whole run.
+        step, tokens: where the plan starts: after so many steps the run had seen so many tokens.
+    """
+
+    def __init__(self, data: DataConfig, total: int, step: int = 0, tokens: int = 0) -> None:
+        self._steps, self._tokens, self._sizes = [step], [tokens], [data.batch_tokens]
+        for change in data.batch_ramp:
+            if change.tokens <= tokens:  # passed before the plan starts
+                self._sizes[0] = change.batch_tokens
+                continue
+            steps = max(0, math.ceil((change.tokens - self._tokens[-1]) / self._sizes[-1]))
+            self._steps.append(self._steps[-1] + steps)
+            self._tokens.append(self._tokens[-1] + steps * self._sizes[-1])
+            self._sizes.append(change.batch_tokens)
+        stage = max(0, bisect.bisect_left(self._tokens, total) - 1)
+        self.num_steps = self._steps[stage] + max(0, math.ceil((total - self._tokens[stage]) / self._sizes[stage]))
+        """Steps of the whole run; the last may overshoot `total` by part of a batch."""
+
+    def batch_tokens(self, step: int) -> int:
+        """Tokens of the step that follows after `step` steps."""
+        return self._sizes[self._stage(step)]
+
+    def tokens(self, step: int) -> int:
+        """Tokens seen after `step` steps, step not before the plan's start."""
+        stage = self._stage(step)
+        return self._tokens[stage] + (step - self._steps[stage]) * self._sizes[stage]
+
+    def past(self, step: int) -> list[tuple[int, int]]:
+        """(first step, batch tokens) of all that began before `step` was made, the size that holds at the start included."""
+        stages = [(first, size) for first, size in zip(self._steps, self._sizes, strict=True) if first < max(step, 1)]
+        # A stage that was passed over whole left nothing.
+        return [stage for stage, after in zip(stages, [*stages[1:], (None, 0)], strict=True) if after[0] != stage[0]]
+
+    def _stage(self, step: int) -> int:
+        # Of stages that start at one step, being passed over whole, the last counts.
+        return max(0, bisect.bisect_right(self._steps, step) - 1)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -394,26 +518,31 @@ def config_from_dict(tree: Mapping[str, Mapping[str, Any]]) -> Config:
     for section, values in tree.items():
         _known(section, section_names(), "section")
         cls = _section_class(section)
-        types = typing.get_type_hints(cls)
-        names = [f.name for f in dataclasses.fields(cls)]
-        arguments = {}
-        for key, value in values.items():
-            _known(str(key), names, f"key in section {section}", prefix=f"{section}.")
-            arguments[key] = _convert(value, types[key], f"{section}.{key}")
-        sections[section] = cls(**arguments)
+        sections[section] = _build(cls, values, section, f"key in section {section}")
     config = Config(**sections)
     check(config)
     return config
 
 
+def _build(cls: Any, values: Mapping[Any, Any], name: str, what: str) -> Any:
+    """A dataclass of settings from a mapping; `name` is what leads to it, such as `model` or `data.sources[0]`."""
+    types = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        _known(str(key), names, what, prefix=f"{name}.")
+    return cls(**{key: _convert(value, types[key], f"{name}.{key}") for key, value in values.items()})
+
+
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Nested plain mappings, ready for YAML or JSON; `config_from_dict` is its inverse."""
-    tree = dataclasses.asdict(config)
-    for values in tree.values():
-        for key, value in values.items():
-            if isinstance(value, tuple):
-                values[key] = list(value)
-    return tree
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def config_to_yaml(config: Config) -> str:
@@ -491,7 +620,11 @@ def _convert(value: Any, wanted: Any, name: str) -> Any:
         if wanted is int and math.isfinite(number) and number == int(number):
             return int(value) if isinstance(value, int) else int(number)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(v, typing.get_args(wanted)[0], name) for v in value)
+        return tuple(_convert(v, typing.get_args(wanted)[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return _build(wanted, value, name, f"key in {name}")
+    if dataclasses.is_dataclass(wanted) and isinstance(value, wanted):  # type: ignore[arg-type]
+        return value
     if origin is dict and isinstance(value, dict):
         return value
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
@@ -516,7 +649,9 @@ def check(config: Config) -> None:
                 raise UserError(f"{section}.{f.name} must be one of {', '.join(choices)}, not {value!r}")
     _check_ranges(config)
     _check_model(config.model)
+    _check_sources(config.data)
     _check_batch(config)
+    _check_documents(config)
     _check_compile(config)
 
 
@@ -582,19 +717,78 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
+def _check_sources(data: DataConfig) -> None:
+    if data.path and data.sources:
+        raise UserError(
+            f"data.path ({data.path}) and data.sources are both set: keep one; a single dataset needs only data.path"
+        )
+    names = source_names(data)
+    for number, (source, name) in enumerate(zip(data.sources, names, strict=True)):
+        key = f"data.sources[{number}]"
+        if not source.path:
+            raise UserError(f"{key}.path is empty: set it to a folder written by tokenizer/build_shards.py")
+        if source.weight < 0 or source.max_epochs < 0:
+            what = "weight" if source.weight < 0 else "max_epochs"
+            raise UserError(f"{key}.{what} must be 0 or more, not {getattr(source, what)}")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"{key}.name must be made of letters, digits, . _ and -, not {name!r}")
+        if name in names[:number]:
+            raise UserError(
+                f"data.sources[{names.index(name)}] and {key} are both called {name}: give one another name"
+            )
+    if data.sources and not any(source.weight for source in data.sources):
+        raise UserError("every weight in data.sources is 0: give at least one source a weight above 0")
+    if data.phases and not data.sources:
+        raise UserError(
+            "data.phases changes the weights of data.sources, but there are none: remove data.phases or set sources"
+        )
+    _check_rising("data.phases", [phase.tokens for phase in data.phases])
+    for number, phase in enumerate(data.phases):
+        if len(phase.weights) != len(data.sources):
+            raise UserError(
+                f"data.phases[{number}].weights has {len(phase.weights)} weights for {len(data.sources)} sources "
+                f"({', '.join(names)}): give one for each, 0 for none"
+            )
+        if min(phase.weights) < 0 or not any(phase.weights):
+            given = list(phase.weights)
+            raise UserError(f"data.phases[{number}].weights must be 0 or more and one of them above 0, not {given}")
+
+
+def source_names(data: DataConfig) -> list[str]:
+    """What each of data.sources is called."""
+    # Of a URL without its query, of a command without the place of the file's name.
+    shown = [s.path.split("?", 1)[0].replace("{name}", "").rstrip("/'\" ") for s in data.sources]
+    return [
+        source.name or re.sub(r"[^\w.-]", "-", path.rpartition("/")[2])
+        for source, path in zip(data.sources, shown, strict=True)
+    ]
+
+
+def _check_rising(key: str, tokens: list[int]) -> None:
+    for number, (before, here) in enumerate(itertools.pairwise([0, *tokens])):
+        if here <= before:
+            raise UserError(
+                f"{key}[{number}].tokens ({here}) must be above {before}: entries follow one another, and what holds at the "
+                f"start is {'data.batch_tokens' if 'ramp' in key else 'the weight of each source'}"
+            )
+
+
 def _check_batch(config: Config) -> None:
     data, schedule, engine = config.data, config.schedule, config.engine
-    if data.batch_tokens % data.seq_len:
-        below = max(1, data.batch_tokens // data.seq_len) * data.seq_len
-        raise UserError(
-            f"data.batch_tokens ({data.batch_tokens}) must be a multiple of data.seq_len ({data.seq_len}): "
-            f"try {below} or {below + data.seq_len}"
-        )
-    if data.micro_batch and config.batch_size % data.micro_batch:
-        raise UserError(
-            f"the batch of {config.batch_size} sequences (data.batch_tokens / data.seq_len) must be a multiple of "
-            f"data.micro_batch ({data.micro_batch})"
-        )
+    _check_rising("data.batch_ramp", [change.tokens for change in data.batch_ramp])
+    sizes = {"data.batch_tokens": data.batch_tokens}
+    sizes |= {f"data.batch_ramp[{i}].batch_tokens": change.batch_tokens for i, change in enumerate(data.batch_ramp)}
+    for key, size in sizes.items():
+        if size % data.seq_len or size <= 0:
+            below = max(1, size // data.seq_len) * data.seq_len
+            raise UserError(
+                f"{key} ({size}) must be a multiple of data.seq_len ({data.seq_len}): try {below} or {below + data.seq_len}"
+            )
+        if data.micro_batch and size // data.seq_len % data.micro_batch:
+            raise UserError(
+                f"the batch of {size // data.seq_len} sequences ({key} / data.seq_len) must be a multiple of "
+                f"data.micro_batch ({data.micro_batch})"
+            )
     if schedule.kind == "wsd" and schedule.warmup_fraction + schedule.decay_fraction > 1:
         raise UserError(
             f"schedule.warmup_fraction ({schedule.warmup_fraction}) and "
@@ -604,6 +798,15 @@ def _check_batch(config: Config) -> None:
         raise UserError(
             "engine.zero_stage=0 with engine.precision=bf16 gives wrong AdamW updates in DeepSpeed; "
             "use engine.zero_stage=1 (the same without sharding on one process) or engine.precision=fp32"
+        )
+
+
+def _check_documents(config: Config) -> None:
+    longer = [m for m in config.eval.length_multiples if m > 1]
+    if config.data.reset_at_documents and longer:
+        raise UserError(
+            f"eval.length_multiples ({list(config.eval.length_multiples)}) above 1 does not go with "
+            "data.reset_at_documents=true: no document is longer than data.seq_len there; set eval.length_multiples=[1]"
         )
 
 
@@ -637,7 +840,7 @@ def iterate_reference() -> Iterator[tuple[str, str, list[FieldReference]]]:
         fields = []
         for f in dataclasses.fields(cls):
             default = getattr(cls(), f.name)
-            default = list(default) if isinstance(default, tuple) else default
+            default = _plain(default)
             shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
             choices = tuple(f.metadata.get("choices", ()))
             fields.append(FieldReference(f"{section}.{f.name}", str(f.type), shown, choices, texts[f.name]))

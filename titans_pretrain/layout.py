@@ -50,6 +50,11 @@ def memory_strategy(config: Config) -> str:
     return "hand_off" if config.model.variant == "mac" else "head_exchange"
 
 
+def micro_batch_rows(config: Config, data_size: int) -> int:
+    """Sequences per rank and forward pass."""
+    return config.data.micro_batch or config.batch_size // data_size
+
+
 def choose_layout(config: Config, world_size: int) -> Layout:
     """The layout of `world_size` processes.
 
@@ -75,24 +80,27 @@ def choose_layout(config: Config, world_size: int) -> Layout:
     _check_compile(config, layout)
     _check_tensor(config, layout)
     if layout.sequence > 1:
+        _check_documents(config, layout)
         _check_sequence(config, layout)
     return layout
 
 
 def _check_batch(config: Config, layout: Layout) -> None:
-    if config.batch_size % layout.data:
-        raise UserError(
-            f"the batch of {config.batch_size} sequences (data.batch_tokens {config.data.batch_tokens} / data.seq_len "
-            f"{config.data.seq_len}) does not divide over {layout.data} data-parallel ranks; "
-            f"make data.batch_tokens a multiple of {layout.data * config.data.seq_len}"
-        )
-    local = config.batch_size // layout.data
-    micro = config.data.micro_batch
-    if micro and local % micro:
-        raise UserError(
-            f"each of {layout.data} ranks takes {local} sequences a step, "
-            f"which is not a multiple of data.micro_batch ({micro})"
-        )
+    for number, size in enumerate(config.batch_sizes):
+        key = f"data.batch_ramp[{number - 1}].batch_tokens" if number else "data.batch_tokens"
+        if size % layout.data:
+            raise UserError(
+                f"the batch of {size} sequences ({key} {size * config.data.seq_len} / data.seq_len "
+                f"{config.data.seq_len}) does not divide over {layout.data} data-parallel ranks; "
+                f"make {key} a multiple of {layout.data * config.data.seq_len}"
+            )
+        local = size // layout.data
+        micro = config.data.micro_batch
+        if micro and local % micro:
+            raise UserError(
+                f"each of {layout.data} ranks takes {local} sequences a step ({key} {size * config.data.seq_len}), "
+                f"which is not a multiple of data.micro_batch ({micro})"
+            )
 
 
 def _check_compile(config: Config, layout: Layout) -> None:
@@ -116,6 +124,14 @@ def _check_tensor(config: Config, layout: Layout) -> None:
                 f"{name} ({count}) does not divide over parallel.tensor ({size}); use parallel.tensor={_divisor(count, size)} "
                 f"or change {name}"
             )
+
+
+def _check_documents(config: Config, layout: Layout) -> None:
+    if config.data.reset_at_documents:
+        raise UserError(
+            f"data.reset_at_documents=true does not go with parallel.sequence ({layout.sequence}) above 1 yet: a document "
+            "would lie on several ranks; set parallel.sequence=1 or data.reset_at_documents=false"
+        )
 
 
 def _check_sequence(config: Config, layout: Layout) -> None:

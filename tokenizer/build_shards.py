@@ -1,22 +1,23 @@
 """From text and a tokenizer to a dataset directory: python tokenizer/build_shards.py --input ... --tokenizer ... --output ...
 
-Also `verify DIR` (read everything, compare with the checksums) and `inspect DIR` (show a training sequence as text).
+Two steps run side by side: worker processes encode units of the input in any order (units.py, workers.py), this process
+makes shards of them in theirs (assemble.py). A build that was killed goes on with the units it has. Also `verify DIR` (read
+everything, compare with the checksums) and `inspect DIR` (show a training sequence as text).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
+import dataclasses
+import itertools
 import os
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sentencepiece import SentencePieceProcessor
 
@@ -29,31 +30,21 @@ from titans_pretrain.data.manifest import (
     SPLITS,
     TOKENIZER_NAME,
     Manifest,
-    SplitEntry,
+    Packing,
     dtype_for,
     write_manifest,
 )
 from titans_pretrain.errors import UserError, exit_on_user_error
 from tokenizer.documents import Tally
-from tokenizer.encode import (
-    EncodedBatch,
-    EncodeOptions,
-    Encoder,
-    batches,
-    encode_in_worker,
-    load_tokenizer,
-    start_worker,
-)
+from tokenizer.encode import EncodeOptions, load_tokenizer
+from tokenizer.inspect_shards import histogram_lines, inspect_command, verify_command
 from tokenizer.progress import Progress
-from tokenizer.read_text import (
-    Record,
-    Source,
-    add_input_options,
-    check_input_options,
-    find_sources,
-    read_records,
-    total_bytes,
-)
+from tokenizer.read_text import Source, add_input_options, check_input_options, find_sources, total_bytes
+from tokenizer.units import UnitStore, cut_units, unit_settings, units_left
+from tokenizer.workers import StoppedError, encoded_units
+
+if TYPE_CHECKING:
+    from tokenizer.assemble import Assembly
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -67,6 +58,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="dataset directory to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the dataset in --output, once the new one is whole"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew where a build did not finish, instead of continuing it"
     )
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--bos", action=flag, default=True, help="begin each document with the tokenizer's BOS")
@@ -86,6 +80,36 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--block-tokens", type=int, default=1 << 20, metavar="N", help="tokens per tar member (default: 1 Mi)"
+    )
+    parser.add_argument(
+        "--dedup",
+        choices=("none", "exact"),
+        default="none",
+        help="exact: of documents with the same text keep the first; up to 43 bytes of memory each (default: none)",
+    )
+    parser.add_argument(
+        "--packing",
+        choices=("concat", "bestfit"),
+        default="concat",
+        help="concat: documents follow one another and sequences are cut anywhere; bestfit: whole documents in rows of "
+        "--seq-len tokens (default: concat)",
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="bestfit: tokens per row, to be data.seq_len in training"
+    )
+    parser.add_argument(
+        "--align",
+        type=int,
+        metavar="N",
+        help="bestfit: documents start at multiples of N in a row; model.memory_chunk or a multiple of it where training "
+        "sets data.reset_at_documents (default: 1)",
+    )
+    parser.add_argument(
+        "--unit-bytes",
+        type=int,
+        default=8 << 20,
+        metavar="N",
+        help="text per unit of work, of which a killed build loses a few; the output does not depend on it (default: 8 Mi)",
     )
     parser.add_argument(
         "--workers",
@@ -112,18 +136,52 @@ def build(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"tokenizer {args.tokenizer} has no {name.upper()} token: use --no-{name} or another tokenizer"
             )
+    packing = _packing(args, tokenizer)
     sources = find_sources(args.input, args.format)
     _check_output(args.output, args.overwrite)
     try:
-        with atomic_directory(args.output) as directory:
-            manifest, tally = _write_dataset(args, sources, directory, tokenizer, tokenizer_sha256)
+        with atomic_directory(args.output) as directory, _units(args, sources, tokenizer_sha256) as units:
+            manifest, assembly = _write_dataset(args, sources, units, directory, tokenizer, tokenizer_sha256, packing)
+        units.remove()
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror}") from error
-    _report(args.output, manifest, tally, time.monotonic() - started)
+        go_on = "; start the same command again to go on" if units_left(args.output) else ""
+        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror}{go_on}") from error
+    _report(args.output, manifest, assembly, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _units(args: argparse.Namespace, sources: list[Source], tokenizer_sha256: str) -> Iterator[UnitStore]:
+    """The units of this build. They outlive an error that the same command, started again, need not meet again: a kill, a
+    full disk. What lies in the input or the options it would meet again, so nothing is left then."""
+    names = ("text_key", "bos", "eos", "val_fraction", "min_chars", "doc_sep", "unit_bytes")
+    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    units = UnitStore(args.output, unit_settings(sources, tokenizer_sha256, options), restart=args.restart)
+    try:
+        yield units
+    except BaseException as error:
+        repeatable = isinstance(error, UserError) and not isinstance(error, StoppedError)
+        if repeatable or not units.found():
+            units.remove()
+        raise
+
+
+def _packing(args: argparse.Namespace, tokenizer: SentencePieceProcessor) -> Packing | None:
+    if args.packing == "concat":
+        if args.seq_len is not None or args.align is not None:
+            raise UserError("--seq-len and --align describe the rows of --packing bestfit: add it, or drop them")
+        return None
+    align = 1 if args.align is None else args.align
+    if args.seq_len is None:
+        raise UserError("--packing bestfit needs --seq-len, the tokens per row: the data.seq_len of the training")
+    if align < 1 or args.seq_len < 2 or args.seq_len % align:
+        raise UserError(f"--seq-len ({args.seq_len}) must be 2 or more and a multiple of --align ({align})")
+    if args.seq_len > args.shard_tokens:
+        raise UserError(f"--seq-len ({args.seq_len}) must not exceed --shard-tokens ({args.shard_tokens})")
+    return Packing(args.seq_len, align, tokenizer.eos_id() if tokenizer.eos_id() >= 0 else tokenizer.unk_id())
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    for name in ("shard_tokens", "block_tokens", "workers", "min_chars"):
+    for name in ("shard_tokens", "block_tokens", "workers", "min_chars", "unit_bytes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
     if args.block_tokens > args.shard_tokens:
@@ -146,48 +204,49 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _write_dataset(
     args: argparse.Namespace,
     sources: list[Source],
+    units: UnitStore,
     directory: Path,
     tokenizer: SentencePieceProcessor,
     tokenizer_sha256: str,
-) -> tuple[Manifest, Tally]:
+    packing: Packing | None,
+) -> tuple[Manifest, Assembly]:
     # Imported here because it brings in torch: worker processes run this file's imports but never this function.
-    from titans_pretrain.data.writer import ShardWriter, unigram_entropy
+    from tokenizer.assemble import AssembleOptions, Assembly
 
     vocab_size = tokenizer.vocab_size()
     shutil.copyfile(args.tokenizer, directory / TOKENIZER_NAME)
     options = EncodeOptions(args.text_key, args.bos, args.eos, args.val_fraction, args.min_chars)
-    tally = Tally()
-    docs, text_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(
-                ShardWriter(
-                    directory, split, vocab_size, shard_tokens=args.shard_tokens, block_tokens=args.block_tokens
-                )
-            )
-            for split in SPLITS
-        }
-        progress = stack.enter_context(contextlib.closing(Progress(total_bytes(sources))))
-        records = read_records(sources, text_key=args.text_key, doc_sep=args.doc_sep)
-        for batch, consumed in _encoded(batches(records), args.workers, args.tokenizer, options):
-            tally.add(batch.tally)
-            tally.check(args.on_bad, args.max_bad, final=False)
-            for split, encoded in batch.splits.items():
-                writers[split].write(encoded.tokens, encoded.lengths)
-                docs[split] += len(encoded.lengths)
-                text_bytes[split] += encoded.text_bytes
-            progress.update(consumed, sum(len(encoded.tokens) for encoded in batch.splits.values()))
-        tally.check(args.on_bad, args.max_bad, final=True)
-    for split in SPLITS:
-        if not docs[split]:
-            raise UserError(_no_documents(split, sum(docs.values()), args, tally))
+    first, start = units.resume_at()
+    if units.done:
+        print(f"going on with {len(units.done)} units that an unfinished build left", flush=True)
+    missing = cut_units(
+        sources, text_key=args.text_key, doc_sep=args.doc_sep, unit_bytes=args.unit_bytes, first=first, start=start
+    )
+    encoding = encoded_units(
+        missing, units.directory, units.done, workers=args.workers, tokenizer=args.tokenizer, options=options
+    )
+    how = AssembleOptions(args.shard_tokens, args.block_tokens, args.dedup == "exact", packing)
+    with (
+        contextlib.closing(Progress(total_bytes(sources))) as progress,
+        encoding as encoded,
+        Assembly(directory, vocab_size, how) as assembly,
+    ):
+        for number in itertools.chain(range(first), encoded):
+            batch, consumed = units.load(number)
+            tokens = assembly.add(batch)
+            assembly.tally.check(args.on_bad, args.max_bad, final=False)
+            progress.update(consumed, tokens)
+        assembly.tally.check(args.on_bad, args.max_bad, final=True)
+        for split, docs in assembly.docs.items():
+            if not docs:
+                raise UserError(_no_documents(split, sum(assembly.docs.values()), args, assembly.tally))
     manifest = Manifest(
         dtype=dtype_for(vocab_size),
         vocab_size=vocab_size,
         tokenizer_sha256=tokenizer_sha256,
         bos_id=tokenizer.bos_id(),
         eos_id=tokenizer.eos_id(),
-        unigram_entropy=unigram_entropy(writers["train"].token_counts),
+        unigram_entropy=assembly.unigram_entropy(),
         options={
             "bos": args.bos,
             "eos": args.eos,
@@ -197,14 +256,15 @@ def _write_dataset(
             "text_key": args.text_key,
             "shard_tokens": args.shard_tokens,
             "block_tokens": args.block_tokens,
+            "dedup": args.dedup,
+            "packing": {"kind": args.packing, **(dataclasses.asdict(packing) if packing else {})},
+            "padding_tokens": assembly.padding,
+            "document_lengths": {split: lengths.tolist() for split, lengths in assembly.lengths.items()},
         },
-        splits={
-            split: SplitEntry(writer.num_tokens, docs[split], text_bytes[split], tuple(writer.shards))
-            for split, writer in writers.items()
-        },
+        splits={split: assembly.split_entry(split) for split in SPLITS},
     )
     write_manifest(directory, manifest)
-    return manifest, tally
+    return manifest, assembly
 
 
 def _no_documents(split: str, found: int, args: argparse.Namespace, tally: Tally) -> str:
@@ -218,91 +278,28 @@ def _no_documents(split: str, found: int, args: argparse.Namespace, tally: Tally
     )
 
 
-def _encoded(
-    work: Iterator[tuple[list[Record], int]], workers: int, tokenizer: Path, options: EncodeOptions
-) -> Iterator[tuple[EncodedBatch, int]]:
-    """Encode batches in `workers` processes (1: in this one); results come in the order of the work."""
-    if workers == 1:
-        encoder = Encoder(tokenizer, options)
-        for records, consumed in work:
-            yield encoder.encode_batch(records), consumed
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer, options)) as pool:
-        waiting: deque[tuple[Future[EncodedBatch], int]] = deque()
-        try:
-            for records, consumed in work:
-                waiting.append((pool.submit(encode_in_worker, records), consumed))
-                if len(waiting) > 2 * workers:
-                    future, consumed = waiting.popleft()
-                    yield future.result(), consumed
-            while waiting:
-                future, consumed = waiting.popleft()
-                yield future.result(), consumed
-        except BrokenProcessPool:
-            raise UserError(
-                "a tokenising process was killed, most likely for lack of memory: lower --workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _report(output: Path, manifest: Manifest, tally: Tally, seconds: float) -> None:
-    for line in tally.lines():
+def _report(output: Path, manifest: Manifest, assembly: Assembly, seconds: float) -> None:
+    for line in assembly.tally.lines():
         print(line)
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
+        text_tokens = split.tokens - assembly.padding[name]
         print(
-            f"{name}: {split.tokens} tokens, {split.docs} documents, {split.text_bytes / split.tokens:.3f} bytes per token, "
+            f"{name}: {split.tokens} tokens, {split.docs} documents, {split.text_bytes / text_tokens:.3f} bytes per token, "
             f"{len(split.shards)} shards, {size / 1e6:.1f} MB"
         )
+        if manifest.packing:
+            rows = split.tokens // manifest.packing.seq_len
+            print(
+                f"{name}: {rows} rows of {manifest.packing.seq_len}, {assembly.padding[name] / split.tokens:.2%} padding"
+            )
+    if manifest.packing:
+        print(f"{assembly.cut_documents} documents were longer than a row and were cut")
+    for line in histogram_lines(manifest):
+        print(line)
     tokens = sum(split.tokens for split in manifest.splits.values())
     print(f"unigram entropy of train: {manifest.unigram_entropy:.4f} nats per token")
     print(f"wrote {output} in {seconds:.1f} s ({tokens / 1e6 / seconds:.2f} Mtoken/s)")
-
-
-def verify_command(arguments: Sequence[str]) -> None:
-    """`verify DIR`."""
-    parser = argparse.ArgumentParser(prog="build_shards.py verify", description="Compare a dataset with its checksums.")
-    parser.add_argument("directory", help="or a remote location (docs/remote-data.md)")
-    directory = parser.parse_args(arguments).directory
-    from titans_pretrain.data.shards import verify
-
-    problems = verify(directory)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise UserError(
-            f"{directory} has {len(problems)} problems: restore the files named above or build the dataset again"
-        )
-    print(f"{directory}: all files are as they were written")
-
-
-def inspect_command(arguments: Sequence[str]) -> None:
-    """`inspect DIR`."""
-    parser = argparse.ArgumentParser(
-        prog="build_shards.py inspect", description="Show a sequence of a dataset as text."
-    )
-    parser.add_argument("directory", help="or a remote location (docs/remote-data.md)")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="which sequence, in the order on disk (default: 0)"
-    )
-    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens per sequence (default: 256)")
-    args = parser.parse_args(arguments)
-    from titans_pretrain.data.shards import ShardSet
-    from titans_pretrain.data.stream import TokenStream
-
-    shards = ShardSet.open(args.directory)
-    stream = TokenStream(shards, args.split, args.seq_len, seed=0, shuffle=False)
-    if not 0 <= args.sample < stream.num_sequences:
-        raise UserError(f"--sample must lie between 0 and {stream.num_sequences - 1}, not {args.sample}")
-    tokens = stream.sample(args.sample)
-    tokenizer, _ = load_tokenizer(shards.tokenizer_path)
-    print(
-        f"{args.split} sequence {args.sample} of {stream.num_sequences}, {len(tokens)} tokens: {tokens[:12].tolist()} ..."
-    )
-    print(tokenizer.decode(tokens.tolist()))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

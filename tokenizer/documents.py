@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from titans_pretrain.errors import UserError
 from tokenizer.read_text import Record
@@ -64,19 +65,38 @@ def is_validation(document: str, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
+def document_hash(document: str) -> bytes:
+    """16 bytes that only equal documents share."""
+    return hashlib.blake2b(document.encode(), digest_size=16).digest()
+
+
 @dataclass
 class Tally:
     """What happened to the records: bad ones by reason, with the first places; adds up over batches."""
 
     documents: int = 0
+    duplicates: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     empty: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """The first place of each reason."""
 
+    def content(self) -> dict[str, Any]:
+        """For JSON. (dataclasses.asdict takes a Counter for a list of what to count.)"""
+        return {
+            name: getattr(self, name) for name in ("documents", "duplicates", "bad", "repaired", "empty", "examples")
+        }
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Tally:
+        """From `content`."""
+        counters = {name: Counter(content[name]) for name in ("bad", "repaired", "empty")}
+        return cls(content["documents"], content["duplicates"], **counters, examples=content["examples"])
+
     def add(self, other: Tally) -> None:
         self.documents += other.documents
+        self.duplicates += other.duplicates
         self.bad += other.bad
         self.repaired += other.repaired
         self.empty += other.empty
@@ -106,6 +126,8 @@ class Tally:
         for what, counts in (("skipped", self.bad), ("kept", self.repaired), ("left out", self.empty)):
             for reason, count in counts.most_common():
                 yield f"{what}: {count} {reason} (first at {self.examples[reason]})"
+        if self.duplicates:
+            yield f"left out: {self.duplicates} with the same text as one before"
 
 
 def read_document(record: Record, text_key: str, min_chars: int, tally: Tally) -> str | None:

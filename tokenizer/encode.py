@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import sentencepiece
 
 from titans_pretrain.data.manifest import DTYPES, SPLITS, dtype_for
 from titans_pretrain.errors import UserError
-from tokenizer.documents import Tally, is_validation, read_document
+from tokenizer.documents import Tally, document_hash, is_validation, read_document
 from tokenizer.read_text import Record
 
 # Characters per piece inside one document. Whole documents of a megabyte encode four times slower; the tokens are the
 # same, SentencePiece sees to that.
 ENCODE_CHUNK = 4000
-_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,17 @@ class EncodeOptions:
 
 @dataclass
 class EncodedSplit:
-    """Documents of one split: tokens one after another, and each one's length (int64 [docs])."""
+    """Documents of one split.
+
+    tokens: uint16 or uint32 [sum of lengths], one document after another.
+    lengths, text_bytes: int64 [docs], of each document.
+    hashes: uint64 [docs, 2], of each document's text.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
-    text_bytes: int
+    text_bytes: np.ndarray
+    hashes: np.ndarray
 
 
 @dataclass
@@ -66,21 +70,6 @@ def load_tokenizer(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, st
     return processor, hashlib.sha256(content).hexdigest()
 
 
-def batches(records: Iterable[tuple[Record, int]]) -> Iterator[tuple[list[Record], int]]:
-    """Records in groups of about a megabyte, with the bytes read for each group."""
-    batch: list[Record] = []
-    size = read = 0
-    for record, consumed in records:
-        batch.append(record)
-        size += len(record.payload or "")
-        read += consumed
-        if size >= _BATCH_BYTES:
-            yield batch, read
-            batch, size, read = [], 0, 0
-    if batch:
-        yield batch, read
-
-
 class Encoder:
     """A tokenizer with the options of a build; makes tokens of records."""
 
@@ -91,37 +80,24 @@ class Encoder:
 
     def encode_batch(self, records: list[Record]) -> EncodedBatch:
         options, tally = self._options, Tally()
-        documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        text_bytes = dict.fromkeys(SPLITS, 0)
+        texts: dict[str, list[str]] = {split: [] for split in SPLITS}
         for record in records:
             text = read_document(record, options.text_key, options.min_chars, tally)
             if text is not None:
-                split = "valid" if is_validation(text, options.val_fraction) else "train"
-                documents[split].append(self.encode(text))
-                text_bytes[split] += len(text.encode())
-        return EncodedBatch({split: self._join(documents[split], text_bytes[split]) for split in SPLITS}, tally)
+                texts["valid" if is_validation(text, options.val_fraction) else "train"].append(text)
+        return EncodedBatch({split: self._encode_split(texts[split]) for split in SPLITS}, tally)
+
+    def _encode_split(self, texts: list[str]) -> EncodedSplit:
+        documents = [self.encode(text).astype(self._dtype) for text in texts]
+        return EncodedSplit(
+            tokens=np.concatenate([*documents, np.empty(0, dtype=self._dtype)]),
+            lengths=np.array([len(document) for document in documents], dtype=np.int64),
+            text_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
+            hashes=np.frombuffer(b"".join(map(document_hash, texts)), dtype="<u8").reshape(-1, 2),
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [tokens], with the beginning and end ids that the options ask for."""
         return self._processor.parallel_encode_as_numpy(
             text, add_bos=self._options.bos, add_eos=self._options.eos, chunk_len=ENCODE_CHUNK, num_threads=1
         )
-
-    def _join(self, documents: list[np.ndarray], text_bytes: int) -> EncodedSplit:
-        lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        tokens = np.concatenate(documents) if documents else np.empty(0)
-        return EncodedSplit(tokens.astype(self._dtype), lengths, text_bytes)
-
-
-_encoder: Encoder | None = None
-
-
-def start_worker(tokenizer: Path, options: EncodeOptions) -> None:
-    """Give this process its encoder; run once in every worker."""
-    global _encoder
-    _encoder = Encoder(tokenizer, options)
-
-
-def encode_in_worker(records: list[Record]) -> EncodedBatch:
-    assert _encoder is not None
-    return _encoder.encode_batch(records)

@@ -50,6 +50,14 @@ class Record(NamedTuple):
         return f"{self.source.path}:{self.number}"
 
 
+class Position(NamedTuple):
+    """A place between records: behind `number` records of source number `source`, which are `offset` bytes of its text."""
+
+    source: int = 0
+    number: int = 0
+    offset: int = 0
+
+
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what to read, the same in both commands."""
     parser.add_argument(
@@ -149,23 +157,39 @@ def total_bytes(sources: Sequence[Source]) -> int | None:
     return sum(Path(source.path).stat().st_size for source in sources)
 
 
-def read_records(sources: Sequence[Source], *, text_key: str, doc_sep: str = "") -> Iterator[tuple[Record, int]]:
+def read_records(
+    sources: Sequence[Source], *, text_key: str, doc_sep: str = "", start: Position | None = None
+) -> Iterator[tuple[Record, int]]:
     """Every record of every source in order, with the bytes on disk that were read since the record before.
+
+    From `start` on, if given: quick in parquet and in files that are not compressed; what lies before it in a compressed
+    file is unpacked again.
 
     Raises:
         UserError: a file cannot be read, is cut short or damaged, or has a record above MAX_RECORD_BYTES.
     """
-    for source in sources:
+    start = start or Position()
+    for index, source in enumerate(sources[start.source :]):
+        begin = start if index == 0 else Position()
         if source.format == "parquet":
-            yield from _parquet_records(source, text_key)
+            yield from _parquet_records(source, text_key, begin.number)
             continue
-        separator = b"\n" if source.format == "jsonl" else doc_sep.encode()
+        separator = record_separator(source, doc_sep)
+        if begin.number and not separator:
+            continue  # the whole file was one record
         try:
             with contextlib.nullcontext(sys.stdin.buffer) if source.path == _STDIN else open(source.path, "rb") as raw:
-                position = 0
-                for number, payload in enumerate(_split(_blocks(raw, source), separator, source), start=1):
+                if begin.number and not source.compression:
+                    raw.seek(begin.offset)
+                    number, skip = begin.number, 0
+                else:
+                    number, skip = 0, begin.number
+                position = begin.offset if number else 0
+                for payload in _split(_blocks(raw, source), separator, source):
+                    number += 1
                     now = raw.tell() if source.path != _STDIN else position + len(payload)
-                    yield Record(source, number, payload), now - position
+                    if number > skip:
+                        yield Record(source, number, payload), now - position
                     position = now
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(
@@ -173,6 +197,11 @@ def read_records(sources: Sequence[Source], *, text_key: str, doc_sep: str = "")
             ) from error
         except OSError as error:
             raise UserError(f"cannot read {source.path}: {error.strerror}") from error
+
+
+def record_separator(source: Source, doc_sep: str) -> bytes:
+    """What stands between the records of a txt or jsonl source; nothing where a file is one record."""
+    return b"\n" if source.format == "jsonl" else doc_sep.encode()
 
 
 def _blocks(raw: BinaryIO, source: Source) -> Iterator[bytes]:
@@ -224,7 +253,7 @@ def _split(blocks: Iterator[bytes], separator: bytes, source: Source) -> Iterato
         yield last
 
 
-def _parquet_records(source: Source, text_key: str) -> Iterator[tuple[Record, int]]:
+def _parquet_records(source: Source, text_key: str, skip: int) -> Iterator[tuple[Record, int]]:
     if source.compression:
         raise UserError(
             f"{source.path}: parquet is compressed inside and must be read at any offset, so it cannot be read through "
@@ -242,9 +271,13 @@ def _parquet_records(source: Source, text_key: str) -> Iterator[tuple[Record, in
                     f"{source.path} has no column {text_key!r}, only {', '.join(file.schema_arrow.names)}: set --text-key"
                 )
             rows, size, number = file.metadata.num_rows, Path(source.path).stat().st_size, 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+            groups = list(range(file.metadata.num_row_groups))
+            while groups and number + file.metadata.row_group(groups[0]).num_rows <= skip:
+                number += file.metadata.row_group(groups.pop(0)).num_rows
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_key]):
                 for value in batch.column(0).to_pylist():
-                    yield Record(source, number + 1, value), size * (number + 1) // rows - size * number // rows
+                    if number >= skip:
+                        yield Record(source, number + 1, value), size * (number + 1) // rows - size * number // rows
                     number += 1
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror or error}") from error

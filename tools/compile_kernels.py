@@ -108,7 +108,7 @@ def record(
         state = tuple(w[None] for w in weights)
         norms = torch.zeros(heads, head_dim) if norm else None
         begins = torch.zeros(1, -(-length // chunk), dtype=torch.bool) if starts else None
-    inputs = ScanInputs(q, k, v, gate, gate, gate, weights, norms, norms, state, state, (), begins)
+    inputs = ScanInputs(q, k, v, gate, gate, gate, weights, norms, norms, state, state, (), document_starts=begins)
     made: list[Launch] = []
     kernels = [(m, n, x) for m in (call, launch) for n, x in vars(m).items() if hasattr(x, "arg_names")]
     try:

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titans_pretrain.config import Config, load_config
+from titans_pretrain.config import Config, StepPlan, load_config
 from titans_pretrain.data.fetch import manifest_at
 from titans_pretrain.errors import UserError, exit_on_user_error
 
@@ -66,9 +66,12 @@ def summarize(run: Path) -> list[tuple[str, str]]:
         first, last = metrics.steps[0], metrics.steps[-1]
         end = metrics.steps[-AVERAGED_STEPS:]
         seconds = sum(row["seconds"] for row in metrics.steps)
-        rate = len(metrics.steps) * config.data.batch_tokens / seconds
+        per_second = [row.get("tokens_per_second", config.data.batch_tokens / row["seconds"]) for row in metrics.steps]
+        rate = sum(speed * row["seconds"] for speed, row in zip(per_second, metrics.steps, strict=True)) / seconds
+        # What is left is planned from here: earlier phases may have had other batches.
+        plan = StepPlan(config.data, config.schedule.tokens, last["step"], last["tokens"])
         told += [
-            ("progress", f"step {last['step']:,} of {config.num_steps:,}, {last['tokens']:,} tokens"),
+            ("progress", f"step {last['step']:,} of {plan.num_steps:,}, {last['tokens']:,} tokens"),
             (
                 "training loss",
                 f"{first['loss']:.3f} -> {sum(row['loss'] for row in end) / len(end):.3f} nats per token "
@@ -79,13 +82,14 @@ def summarize(run: Path) -> list[tuple[str, str]]:
                 f"{rate:,.0f} tokens/s over {seconds:,.0f} s of training steps",
             ),
         ]
+    told += sources_text(metrics)
     if metrics.evaluations:
         first, last = metrics.evaluations[0], metrics.evaluations[-1]
         for name in (name for name in last if name.startswith("valid_loss")):
             start = f"{first[name]:.3f} -> " if name in first else ""
             told.append(
                 (
-                    "validation" + name.removeprefix("valid_loss").replace("_x", " x"),
+                    "validation" + name.removeprefix("valid_loss").replace("_x", " x", 1).replace("/", " ", 1),
                     f"{start}{last[name]:.3f} nats per token, perplexity {math.exp(last[name]):,.1f} at step {last['step']:,}",
                 )
             )
@@ -94,13 +98,31 @@ def summarize(run: Path) -> list[tuple[str, str]]:
     return told
 
 
+def sources_text(metrics: Metrics) -> list[tuple[str, str]]:
+    """What each source of a mixture has served, from the last step that says so."""
+    nothing: dict[str, Any] = {}
+    said = next((row for row in reversed(metrics.steps) if any(key.startswith("tokens/") for key in row)), nothing)
+    served = {key.removeprefix("tokens/"): tokens for key, tokens in said.items() if key.startswith("tokens/")}
+    return [
+        (
+            f"source {name}",
+            f"{tokens:,} tokens, {tokens / sum(served.values()):.1%}, {said[f'epochs/{name}']:.2f} epochs",
+        )
+        for name, tokens in served.items()
+    ]
+
+
 def data_text(config: Config) -> str:
-    """The yardstick for every loss: what a model scores that knows only how often each token occurs."""
+    """The yardstick for every loss: what a model scores that knows only how often each token occurs (in each source)."""
+    weights = [source.weight for source in config.data.sources] or [1.0]
+    paths = [source.path for source in config.data.sources] or [config.data.path]
+    listed = ", ".join(paths)
     try:
-        manifest = manifest_at(config.data.path)
+        entropies = [manifest_at(path).unigram_entropy for path in paths]
     except UserError:
-        return f"{config.data.path} (no longer there, so its unigram entropy is unknown)"
-    return f"{config.data.path}, unigram entropy {manifest.unigram_entropy:.3f} nats per token"
+        return f"{listed} (no longer there, so the unigram entropy is unknown)"
+    entropy = sum(w * e for w, e in zip(weights, entropies, strict=True)) / sum(weights)
+    return f"{listed}, unigram entropy {entropy:.3f} nats per token"
 
 
 @exit_on_user_error

@@ -13,8 +13,11 @@ import pytest
 from tests.data.test_shards import block_table, cut, read_all
 from tests.data.tiny import documents, flip_byte, write_dataset
 from titans_pretrain.data.damage import DamageError
-from titans_pretrain.data.shards import ShardSet, verify
+from titans_pretrain.data.manifest import Packing
+from titans_pretrain.data.mixture import Mixture, Source, Sources
+from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, TokenStream
+from titans_pretrain.data.verify import verify
 from titans_pretrain.errors import UserError
 
 SEQ_LEN = 16
@@ -98,7 +101,7 @@ def test_a_skipped_row_keeps_its_place_and_no_other_changes(tmp_path: Path, data
             ours, right = next(mine), next(theirs)
             assert theirs.bad == []
             for row in range(8):
-                (tokens, labels), (good_tokens, good_labels) = ours[row // 4], right[row // 4]
+                (tokens, labels, _), (good_tokens, good_labels, _) = ours[row // 4], right[row // 4]
                 if row in {entry.row for entry in mine.bad}:
                     assert (labels[row % 4] == -100).all()
                     assert (tokens[row % 4] == 0).all()
@@ -150,13 +153,58 @@ def test_by_default_the_loader_stops_with_what_to_do(
     assert caught.value.shard == str(dataset / "train-00001.tar")
 
 
-def test_other_mistakes_are_not_skipped(dataset: Path) -> None:
+def test_other_mistakes_are_not_skipped(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only damage is: a full disk or a wrong setting must not be taken for it."""
 
-    def sample(index: int) -> np.ndarray:
+    def fail(*_: object) -> None:
         raise UserError("the disk is full")
 
-    from titans_pretrain.data.damage import read_rows
+    shards = ShardSet.open(dataset)
+    monkeypatch.setattr(shards, "_file", fail)
+    stream = TokenStream(shards, "train", SEQ_LEN, seed=3)
+    lengths = dict(batch_size=8, micro_batch=0, data_rank=0, data_size=1, start=0, prefetch=1)
+    with BatchLoader(stream, **lengths, skip_bad=True) as loader, pytest.raises(UserError, match="the disk is full"):
+        next(loader)
 
-    with pytest.raises(UserError, match="the disk is full"):
-        read_rows(sample, range(2), 5, skip_bad=True)
+
+@pytest.mark.parametrize("part", ["offset", "docends_offset"])
+def test_skipped_rows_of_a_packed_source_in_a_mixture(tmp_path: Path, part: str) -> None:
+    """Rows that find themselves by document ends; a bad one starts no document, and the other source goes on."""
+    docs = [doc[:60] for doc in documents(200)]
+    folders = [
+        write_dataset(
+            tmp_path / "packed", docs, docs[:9], packing=Packing(64, 8, int(docs[0][-1])), shard_tokens=64 * 20
+        ),
+        write_dataset(
+            tmp_path / "other", docs, docs[:9], packing=Packing(64, 4, int(docs[0][-1])), shard_tokens=64 * 20
+        ),
+    ]
+
+    def loader(skip_bad: bool) -> BatchLoader:
+        sources = [Source(path.name, ShardSet.open(path), 1.0, 0.0) for path in folders]
+        mixture = Mixture(Sources(sources), 64, 3, [(0, [0.5, 0.5])])
+        lengths = dict(batch_size=40, micro_batch=0, data_rank=0, data_size=1, start=0, prefetch=1)
+        return BatchLoader(mixture, **lengths, document_starts=True, skip_bad=skip_bad)
+
+    with loader(skip_bad=False) as sound:
+        ((tokens, labels, starts),) = next(sound)
+    for shard in range(2):
+        place = block_table(folders[0], shard)[0][part]
+        flip_byte(folders[0] / f"train-{shard:05d}.tar", place + 1)
+    with loader(skip_bad=False) as strict, pytest.raises(DamageError, match=r"packed/train-0000\d.tar .*block 0"):
+        next(strict)
+    with loader(skip_bad=True) as lenient:
+        ((some_tokens, some_labels, some_starts),) = next(lenient)
+        bad = {entry.row for entry in lenient.bad}
+    assert 0 < len(bad) < 20
+    assert starts is not None
+    assert some_starts is not None
+    for row in range(40):
+        if row in bad:
+            assert not some_tokens[row].any()
+            assert (some_labels[row] == -100).all()
+            assert not some_starts[row].any()
+        else:
+            assert (some_tokens[row] == tokens[row]).all()
+            assert (some_labels[row] == labels[row]).all()
+            assert (some_starts[row] == starts[row]).all()

@@ -24,11 +24,12 @@ from titans_pretrain.data import shards as shards_module
 from titans_pretrain.data import stream as stream_module
 from titans_pretrain.data import transfer as transfer_module
 from titans_pretrain.data.cache import Cache
-from titans_pretrain.data.damage import DamageError, read_rows
+from titans_pretrain.data.damage import DamageError
 from titans_pretrain.data.location import scheme_of, shown, url_of
 from titans_pretrain.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest
-from titans_pretrain.data.shards import ShardSet, verify
-from titans_pretrain.data.stream import TokenStream
+from titans_pretrain.data.shards import ShardSet
+from titans_pretrain.data.stream import BatchLoader, TokenStream
+from titans_pretrain.data.verify import verify
 from titans_pretrain.errors import UserError
 
 
@@ -242,12 +243,24 @@ def test_rows_of_a_shard_that_cannot_be_had_are_skipped_where_asked_for(
 ) -> None:
     (dataset / "train-00001.tar").unlink()
     stream = TokenStream(ShardSet.open(server.url, cache, skip_bad=True), "train", 16, seed=3)
-    rows, bad = read_rows(stream.sample, range(stream.num_sequences), 17, skip_bad=True)
+    with BatchLoader(
+        stream,
+        batch_size=stream.num_sequences,
+        micro_batch=0,
+        data_rank=0,
+        data_size=1,
+        start=0,
+        prefetch=1,
+        skip_bad=True,
+    ) as loader:
+        ((tokens, labels, _),) = next(loader)
+        bad = loader.bad
     expected = [number for number in range(stream.num_sequences) if stream.locate(number)[0] == 1]
     assert [entry.row for entry in bad] == expected
     assert len(expected) > 100
     assert all("HTTP 404" in entry.sentence and entry.shard.startswith(server.url) for entry in bad)
-    assert not rows[expected].any()
+    assert not tokens[expected].any()
+    assert (labels[expected] == -100).all()
     assert server.count("train-00001.tar") <= 2  # by the reader and by the thread ahead of it, not for every row
 
 
@@ -346,7 +359,7 @@ def test_shards_of_the_next_window_come_ahead(
     monkeypatch.setattr(stream_module, "WINDOW_SHARDS", 2)
     shards = ShardSet.open(server.url, cache)
     stream = TokenStream(shards, "train", 16, seed=3)
-    stream.sample(0)
+    stream.announce(0)
     order = stream._order
     assert order is not None
     expected = {f"train-{number:05d}.tar" for number in order.shards_of(0) + order.shards_of(1)}
@@ -357,6 +370,7 @@ def test_shards_of_the_next_window_come_ahead(
     assert {name for name in files_in(cache) if "train" in name} == expected
     local = TokenStream(ShardSet.open(dataset), "train", 16, seed=3)
     for index in range(stream.num_sequences + 20):
+        stream.announce(index)
         np.testing.assert_array_equal(stream.sample(index), local.sample(index))
     assert len(shards._open) <= 2
     assert all(server.count(f"train-0000{i}.tar") == 1 for i in range(7))

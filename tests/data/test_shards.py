@@ -13,7 +13,9 @@ import webdataset
 
 from tests.data.tiny import VOCAB, documents, flip_byte, write_dataset
 from titans_pretrain.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest
-from titans_pretrain.data.shards import BlockIndex, ShardFile, ShardSet, verify
+from titans_pretrain.data.shard_file import BlockIndex, ShardFile
+from titans_pretrain.data.shards import ShardSet
+from titans_pretrain.data.verify import verify
 from titans_pretrain.data.writer import ShardWriter, unigram_entropy
 from titans_pretrain.errors import UserError
 
@@ -107,6 +109,7 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(read_all(shards, "train")), np.concatenate(docs))
     assert len(shards.split("train").shards) == 100
     assert len(os.listdir("/proc/self/fd")) <= before + 64
+    assert len(shards._indexes) <= 64
 
 
 def test_an_error_while_writing_leaves_no_half_shard(tmp_path: Path) -> None:

@@ -100,6 +100,14 @@ def make_state(problem: Problem, offset: int, seed: int = 1) -> MemoryState:
     return MemoryState(moved(0.3), moved(0.2, base=0.0), moved(0.3), offset)
 
 
+@torch.no_grad()
+def make_fresh(problem: Problem, seed: int = 2) -> MemoryState:
+    """What a document starts from other than the initial weights: one row, at the start of a chunk."""
+    one_row = problem._replace(q=problem.q[:1])
+    weights, momentum, *_ = make_state(one_row, 0, seed)
+    return MemoryState(weights, momentum, weights, 0)
+
+
 def scan_in_parts(
     problem: Problem, cuts: Iterable[int], options: MemoryOptions, state: MemoryState | None = None, path: str = "auto"
 ) -> tuple[Tensor, MemoryState]:

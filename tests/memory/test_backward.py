@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.memory.problem import error, make_problem, make_state
+from tests.memory.problem import error, make_fresh, make_problem, make_state
 from titans_pretrain.memory import MemoryOptions, MemoryState, closed_form, initial_state, memory_scan, pieces
 from titans_pretrain.memory import closed_form_backward as way_back
 from titans_pretrain.memory.path import ResultGradients, ScanGradients, ScanInputs
@@ -20,9 +20,15 @@ FORGET = [None, "init", "zero"]
 
 
 def make_inputs(
-    length: int, depth: int = 2, offset: int = 0, starts: list[list[int]] | None = None, **changes: Any
+    length: int,
+    depth: int = 2,
+    offset: int = 0,
+    starts: list[list[int]] | None = None,
+    fresh: bool = False,
+    **changes: Any,
 ) -> ScanInputs:
-    """A problem of problem.py with a state that has moved; `starts`: for each row, which chunks begin a document."""
+    """A problem of problem.py with a state that has moved; `starts`: for each row, which chunks begin a document; `fresh`:
+    they begin with a state of their own."""
     problem = make_problem(length, depth, **changes)
     state = make_state(problem, offset)
     document_starts = None
@@ -30,7 +36,11 @@ def make_inputs(
         document_starts = torch.zeros(len(starts), 40, dtype=torch.bool)
         for row, chunks in enumerate(starts):
             document_starts[row, chunks] = True
-    return ScanInputs(*problem, state.weights, state.momentum, state.anchor if offset else (), document_starts)
+    fresh_weights, fresh_momentum = (
+        tuple(x[0] for x in field) for field in (make_fresh(problem)[:2] if fresh else ((), ()))
+    )
+    anchor = state.anchor if offset else ()
+    return ScanInputs(*problem, *state[:2], anchor, fresh_weights, fresh_momentum, document_starts)
 
 
 def named(values: ScanInputs | ScanGradients | ResultGradients) -> dict[str, Tensor]:
@@ -69,7 +79,9 @@ def token_loop(inputs: ScanInputs, offset: int, options: MemoryOptions) -> Resul
         outs = []
         for start, stop in itertools.pairwise([*cuts, inputs.q.shape[1]]):
             if inputs.document_starts is not None and start in fresh:
-                state = initial_state(inputs.initial_weights, 1)
+                state = initial_state(inputs.fresh_weights or inputs.initial_weights, 1)
+                if inputs.fresh_momentum:
+                    state = state._replace(momentum=tuple(s[None] for s in inputs.fresh_momentum))
             tokens = (None if x is None else x[row : row + 1, start:stop] for x in inputs[:6])
             out, state = memory_scan(*tokens, *inputs[6:9], state, options, path="reference")  # type: ignore[arg-type]
             outs.append(out)
@@ -129,26 +141,41 @@ def test_equals_the_token_loop(
     check(inputs, 3, options)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("forget", FORGET)
 @pytest.mark.parametrize("momentum", [True, False])
-def test_documents_start_anew(forget: str | None, momentum: bool) -> None:
+def test_documents_start_anew(forget: str | None, momentum: bool, fresh: bool) -> None:
     """At different chunks in each row: none, the first and the last, two next to each other."""
     starts = [[], [0, 4], [1, 2]]
     for offset, depth in ((0, 2), (4, 1), (4, 2)):
-        inputs = make_inputs(31, depth, offset, starts, batch=3, momentum=momentum, forgetting=forget is not None)
+        options = dict(batch=3, momentum=momentum, forgetting=forget is not None)
+        inputs = make_inputs(31, depth, offset, starts, fresh, **options)
         check(inputs, offset, MemoryOptions(7, forget_toward=forget or "init"))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    ("length", "chunk", "offset", "depth"),
+    [(1, 7, 0, 2), (9, 1, 0, 2), (3, 7, 2, 2), (14, 7, 0, 3), (8, 7, 6, 4), (100, 64, 60, 1), (70, 160, 100, 2)],
+)
+def test_fresh_states_at_other_lengths(length: int, chunk: int, offset: int, depth: int, norm: bool) -> None:
+    """Also where no document begins and a fresh state is given for nothing: its gradient is then zero."""
+    for starts in ([[0], [0, 1]], [[], []]):
+        inputs = make_inputs(length, depth, offset, starts, True, batch=2, norm=norm)
+        check(inputs, offset, MemoryOptions(chunk, norm_eps=1e-2))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("documents", [None, [[0, 2]]])
 @pytest.mark.parametrize("forget", FORGET)
 def test_chunks_longer_than_a_segment(
-    forget: str | None, documents: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
+    forget: str | None, documents: list[list[int]] | None, fresh: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles of 4 tokens and segments of 12 in chunks of 30: segments that begin within a chunk need its anchor."""
     monkeypatch.setattr(pieces, "TILE", 4)
     options = MemoryOptions(30, forget_toward=forget or "init")
     for offset in (0, 13):
-        inputs = make_inputs(70, 2, offset, documents, forgetting=forget is not None)
+        inputs = make_inputs(70, 2, offset, documents, fresh, forgetting=forget is not None)
         assert sum(segment[0].chunk is None for segment in pieces.cut_segments(inputs, offset, 30)) > 3
         check(inputs, offset, options)
 
@@ -221,7 +248,7 @@ def test_two_halves_equal_the_whole(cut: int, forget: str | None) -> None:
     first = ScanInputs(*head, *whole[6:])  # type: ignore[arg-type]
     first_result = closed_form.forward(first, 0, options, want_surprise=True, save=True)
     carried = first_result.weights, first_result.momentum, first_result.anchor
-    second = ScanInputs(*tail, *whole[6:9], *carried, None)  # type: ignore[arg-type]
+    second = ScanInputs(*tail, *whole[6:9], *carried)  # type: ignore[arg-type]
     second_result = closed_form.forward(second, cut % 7, options, want_surprise=True, save=True)
     assert error(first_result.surprise + second_result.surprise, whole_result.surprise) < 1e-12
     out_grads = cotangents.out[:, :cut], cotangents.out[:, cut:]

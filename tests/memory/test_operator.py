@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.memory.problem import Problem, error, make_problem, make_state, state_tensors
+from tests.memory.problem import Problem, error, make_fresh, make_problem, make_state, state_tensors
 from titans_pretrain.memory import MemoryOptions, MemoryState, closed_form, memory_scan, operator
 from titans_pretrain.memory.path import ResultGradients, ScanInputs
 
@@ -21,11 +21,15 @@ SCAN = torch.ops.titans_pretrain.memory_scan.default
 SCAN_BACKWARD = torch.ops.titans_pretrain.memory_scan_backward.default
 
 
-def scan_inputs(problem: Problem, offset: int, documents: bool = False, chunk: int = 8) -> ScanInputs:
+def scan_inputs(
+    problem: Problem, offset: int, documents: bool = False, chunk: int = 8, fresh: bool = False
+) -> ScanInputs:
     state = make_state(problem, offset)
     begun = len(range((-offset) % chunk, problem.q.shape[1], chunk))
     starts = torch.arange(problem.q.shape[0] * begun).reshape(problem.q.shape[0], begun) % 2 == 1 if documents else None
-    return ScanInputs(*problem, state.weights, state.momentum, state.anchor if offset else (), starts)
+    anew = make_fresh(problem)[:2] if fresh else ((), ())
+    anew = (tuple(x[0] for x in field) for field in anew)
+    return ScanInputs(*problem, *state[:2], state.anchor if offset else (), *anew, starts)
 
 
 def flat_arguments(inputs: ScanInputs, offset: int, options: MemoryOptions) -> list[Any]:
@@ -39,20 +43,21 @@ def tensors(inputs: ScanInputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("length", "offset", "changes", "documents"),
+    ("length", "offset", "changes", "documents", "fresh"),
     [
-        (13, 3, {}, True),
-        (3, 0, dict(depth=1, norm=False, momentum=False), False),
-        (8, 0, dict(depth=3, forgetting=False), True),
-        (1, 7, {}, False),
+        (13, 3, {}, True, True),
+        (3, 0, dict(depth=1, norm=False, momentum=False), False, False),
+        (8, 0, dict(depth=3, forgetting=False), True, False),
+        (8, 0, dict(momentum=False), True, True),
+        (1, 7, {}, False, False),
     ],
 )
 def test_torch_finds_nothing_wrong_with_the_operators(
-    length: int, offset: int, changes: dict[str, Any], documents: bool
+    length: int, offset: int, changes: dict[str, Any], documents: bool, fresh: bool
 ) -> None:
     """Schema (no mutation, no aliases), autograd registration, fake kernels, and gradients traced equal gradients run.
     Only with fixed shapes: the scan's loop over chunks is part of the trace."""
-    inputs = scan_inputs(make_problem(length, **changes), offset, documents)
+    inputs = scan_inputs(make_problem(length, **changes), offset, documents, fresh=fresh)
     for x in tensors(inputs):
         x.requires_grad_()
     arguments = flat_arguments(inputs, offset, MemoryOptions(8))
@@ -112,10 +117,18 @@ def test_gradients_of_one_result_equal_the_token_loops(part: str) -> None:
         state = make_state(problem, 3)
         fields = [tuple(x.detach().requires_grad_() for x in field) for field in state[:3]]
         starts = torch.tensor([[True, False], [False, True]])
-        out, after = memory_scan(*problem, MemoryState(*fields, 3), MemoryOptions(8), path=path, document_starts=starts)
+        anew = [tuple(x.detach().requires_grad_() for x in field) for field in make_fresh(problem)[:2]]
+        out, after = memory_scan(
+            *problem,
+            MemoryState(*fields, 3),
+            MemoryOptions(8),
+            path=path,
+            document_starts=starts,
+            fresh=MemoryState(*anew, anew[0], 0),
+        )
         result = (out,) if part == "out" else getattr(after, part)
         total = sum((x * torch.linspace(-1, 1, x.numel()).reshape(x.shape)).sum() for x in result)
-        leaves = [*problem.tensors(), *(x for field in fields for x in field)]
+        leaves = [*problem.tensors(), *(x for field in (*fields, *anew) for x in field)]
         grads = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
         found.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)])
     for index, (a, b) in enumerate(zip(*found, strict=True)):
@@ -217,10 +230,12 @@ def test_a_compiled_scan_is_one_graph_with_the_same_gradients() -> None:
     torch._dynamo.reset()
     problem = make_problem(21, 2).require_grad()
     starts = torch.tensor([[True, False, True]])
+    fresh = make_fresh(problem)
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         out, state, _ = memory_scan(*arguments, None, MemoryOptions(8), return_signals=True)
-        more, state = memory_scan(*arguments, state, MemoryOptions(8), document_starts=starts)  # 5 tokens into a chunk
+        # 5 tokens into a chunk
+        more, state = memory_scan(*arguments, state, MemoryOptions(8), document_starts=starts, fresh=fresh)
         return out + more, *state_tensors(state)
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.memory.problem import Problem, assert_same, error, make_problem, make_state, scan_in_parts, state_tensors
+from tests.memory.problem import (
+    Problem,
+    assert_same,
+    error,
+    make_fresh,
+    make_problem,
+    make_state,
+    scan_in_parts,
+    state_tensors,
+)
 from titans_pretrain.errors import UserError
 from titans_pretrain.memory import (
     MemoryOptions,
@@ -239,7 +248,7 @@ def test_auto_takes_triton_where_it_can_run_half_precision_on_cuda(stand_in: Sta
         exact = make_problem(length, 2)
         with FakeTensorMode(allow_non_fake_inputs=True):
             q = torch.empty(exact.q.shape, dtype=dtype, device=device)
-        inputs = ScanInputs(*exact._replace(q=q), (), (), (), None)
+        inputs = ScanInputs(*exact._replace(q=q), (), (), ())
         stand_in.reason = reason
         assert choose_path("auto", inputs, 3, options) == expected
         assert choose_path("closed_form", inputs, 3, options) == "closed_form"
@@ -259,7 +268,13 @@ def test_the_closed_form_brings_triton_to_the_start_of_a_chunk(
         begun = len(range(-offset % 8, length, 8))
         starts = torch.tensor([[1, 0, 1][:begun], [0, 1, 0][:begun]], dtype=torch.bool)
         out, state, signals = memory_scan(
-            *problem, make_state(problem, offset), options, path=path, document_starts=starts, return_signals=True
+            *problem,
+            make_state(problem, offset),
+            options,
+            path=path,
+            document_starts=starts,
+            fresh=make_fresh(problem),
+            return_signals=True,
         )
         total = sum(x.sin().sum() for x in (out, *state_tensors(state)))
         assert isinstance(total, torch.Tensor)
@@ -271,14 +286,16 @@ def test_the_closed_form_brings_triton_to_the_start_of_a_chunk(
 
 @pytest.mark.parametrize("path", ["closed_form", "reference"])
 @pytest.mark.parametrize("forget", ["init", "zero", None])
+@pytest.mark.parametrize("fresh", [False, True])
 @torch.no_grad()
-def test_a_document_start_equals_a_scan_of_its_own(path: str, forget: str | None) -> None:
+def test_a_document_start_equals_a_scan_of_its_own(path: str, forget: str | None, fresh: bool) -> None:
     """Row 0 has documents at chunks 0 and 2 of those that begin in the call, row 1 at chunk 1; the chunk at hand is open."""
     options = MemoryOptions(8, forget_toward=forget or "init")
     problem = make_problem(27, 2, batch=2, forgetting=forget is not None)
     state = make_state(problem, 5)
     starts = torch.tensor([[True, False, True], [False, True, False]])
-    out, after = memory_scan(*problem, state, options, path=path, document_starts=starts)
+    anew = make_fresh(problem) if fresh else None
+    out, after = memory_scan(*problem, state, options, path=path, document_starts=starts, fresh=anew)
     for row, bounds in ((0, [0, 3, 19, 27]), (1, [0, 11, 27])):
         alone = Problem(*(x if x is None or i > 5 else x[row : row + 1] for i, x in enumerate(problem)))  # type: ignore[arg-type]
         carried: MemoryState | None = MemoryState(
@@ -287,7 +304,7 @@ def test_a_document_start_equals_a_scan_of_its_own(path: str, forget: str | None
         for start, stop in itertools.pairwise(bounds):
             own, last = memory_scan(*alone.tokens(start, stop), carried, options, path="reference")
             assert error(out[row : row + 1, start:stop], own) < 1e-10
-            carried = None
+            carried = anew
         assert all(error(a[row], b[0]) < 1e-10 for a, b in zip(state_tensors(after), state_tensors(last), strict=True))
 
 
@@ -320,6 +337,11 @@ def test_shapes_that_do_not_fit_are_named(changes: dict[str, Any], text: str) ->
 
 def test_states_that_do_not_fit_are_named() -> None:
     problem = make_problem(8, 2)
+    starts = torch.zeros(1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"fresh.weights must be \[\(1, 2, 4, 6\).*one row.*\(2, 2, 4, 6\)"):
+        memory_scan(*problem, document_starts=starts, fresh=initial_state(problem.initial_weights, 2))
+    with pytest.raises(ValueError, match=r"fresh must stand at the start of a chunk, not 3"):
+        memory_scan(*problem, document_starts=starts, fresh=make_state(problem, 3))
     with pytest.raises(ValueError, match=r"offset 7 is not inside a chunk of 7"):
         memory_scan(*problem, make_state(problem, 7), MemoryOptions(7))
     with pytest.raises(ValueError, match=r"state.weights must be \[\(1, 2, 4, 6\)"):

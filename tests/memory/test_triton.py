@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.memory.problem import Problem, error, make_problem, make_state, state_tensors
+from tests.memory.problem import Problem, error, make_fresh, make_problem, make_state, state_tensors
 from titans_pretrain.errors import UserError
 from titans_pretrain.memory import MemoryOptions, MemoryState, expected_path, initial_state, memory_scan
 from titans_pretrain.memory.triton import shapes as triton_shapes
@@ -209,6 +209,10 @@ def test_a_run_is_told_which_path_it_will_take() -> None:
     assert expected_path(cuda, bf16, 2, 48, 192, MemoryOptions(64)) == "triton"
     assert "closed_form, many times slower" in expected_path(cuda, bf16, 2, 256, 1024, MemoryOptions(64))
     assert "takes head_dim up to 128, not 256" in expected_path(cuda, bf16, 2, 256, 1024, MemoryOptions(64))
+    for resets in (None, (False, True)):
+        assert expected_path(cuda, bf16, 2, 64, 256, MemoryOptions(64), resets) == "triton"
+    told = expected_path(cuda, bf16, 2, 64, 256, MemoryOptions(64), (True, True))
+    assert "because triton resets the memory at document starts only to its initial weights" in told
     assert expected_path(torch.device("cpu"), torch.float32, 2, 64, 256, MemoryOptions(64)) == "closed_form"
 
 
@@ -221,6 +225,9 @@ def test_says_why_it_cannot_with_other_arguments() -> None:
     starts = torch.zeros(1, 2, dtype=torch.bool)
     with pytest.raises(UserError, match="forget_toward 'init'"):
         memory_scan(*problem, options=MemoryOptions(16, forget_toward="zero"), document_starts=starts, path="triton")
+    fresh = make_fresh(problem)
+    with pytest.raises(UserError, match="only to its initial weights"):
+        memory_scan(*problem, options=MemoryOptions(16), document_starts=starts, fresh=fresh, path="triton")
 
 
 def test_saved_tensors_are_what_was_promised() -> None:
@@ -229,7 +236,7 @@ def test_saved_tensors_are_what_was_promised() -> None:
 
     problem, options = calm_problem(70, batch=2), MemoryOptions(16)
     state = initial_state(problem.initial_weights, 2)
-    inputs = ScanInputs(*problem, state.weights, state.momentum, (), None)
+    inputs = ScanInputs(*problem, state.weights, state.momentum, ())
     for save in (True, False):
         saved = path.forward(inputs, 0, options, False, save).saved
         promised = path.saved_like(inputs, 0, options) if save else ()

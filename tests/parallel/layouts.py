@@ -74,20 +74,15 @@ def run_cases(gathered: Collection[int], *trees: dict[str, dict[str, Any]]) -> l
 
 def run_case(sections: dict[str, dict[str, Any]], world: Any, gathered: Collection[int]) -> Outcome:
     """Train STEPS steps, as train/loop.py does it, and collect, in steps `gathered` gradients too."""
-    from titans_pretrain.layout import choose_layout, memory_strategy
-    from titans_pretrain.model import Titans, initialize
-    from titans_pretrain.parallel.sequence import ShardedSequence
-    from titans_pretrain.parallel.tensor import split_model
-    from titans_pretrain.train.engine import Engine, micro_batch_rows
+    from titans_pretrain.layout import choose_layout, micro_batch_rows
+    from titans_pretrain.model import Titans
+    from titans_pretrain.parallel.build import build_model
+    from titans_pretrain.train.engine import Engine
 
     config = config_from_dict(sections)
     grid = world.lay_out(choose_layout(config, world.world_size))
-    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-    model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
-    initialize(model, seed=1)
-    names = [name for name, _ in model.named_parameters()]
-    split_model(model, grid.tensor)
-    model.activation_checkpointing = config.engine.activation_checkpointing
+    names = [name for name, _ in Titans(config.model).named_parameters()]
+    model = build_model(config, grid, seed=1)
     engine = Engine(config, model, grid)
     rows = micro_batch_rows(config, grid.data.size)
     share, columns = ROWS // grid.data.size, SEQ_LEN // grid.sequence.size

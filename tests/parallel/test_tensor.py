@@ -138,6 +138,29 @@ def test_ranks_beside_the_axis_do_not_take_part() -> None:
     run_distributed(run_cases, 4, [("mal", CASES["default"], False)], 2)
 
 
+def run_documents(variants: list[str]) -> None:
+    """Rows of several documents."""
+    axis = tensor_axis()
+    tokens, labels = batch()
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, [0, 8, 24]] = starts[1, [0, 40]] = True
+    for variant in variants:
+        whole, split = (build(variant, dict(segment_len=8)) for _ in range(2))
+        split_model(split, axis)
+        losses = [model(tokens, labels, starts) for model in (whole, split)]
+        assert farthest(losses[1], losses[0]) < 1e-12
+        assert farthest(whole(tokens, labels), losses[0]) > 1e-6
+        for loss in losses:
+            loss.backward()
+        for name, gradient in gradients(split).items():
+            expected = part_of(name, gradients(whole)[name], axis.rank, axis.size)
+            assert farthest(gradient, expected) < 1e-10, f"{variant} {name}"
+
+
+def test_rows_of_several_documents() -> None:
+    run_distributed(run_documents, 2, ["mag", "mac"])
+
+
 def run_other_conditions(variants: list[str]) -> None:
     """bf16; and ZeRO-3's habit of giving every module tensors of its own."""
     axis = tensor_axis()

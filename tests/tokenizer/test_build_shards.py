@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 
 from tests.tokenizer.conftest import prose
 from titans_pretrain.data.manifest import read_manifest
-from titans_pretrain.data.shards import ShardSet, verify
+from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import TokenStream
+from titans_pretrain.data.verify import verify
 from titans_pretrain.data.writer import unigram_entropy
 from tokenizer import build_shards, encode
 from tokenizer.documents import is_validation
@@ -112,11 +115,10 @@ def test_manifest_says_what_is_there(built: Path, tokenizer: Path, texts: list[s
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_output_does_not_depend_on_workers_or_batches(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: Path, text_dir: Path, tokenizer: Path, workers: int
+def test_output_does_not_depend_on_workers_or_units(
+    tmp_path: Path, built: Path, text_dir: Path, tokenizer: Path, workers: int
 ) -> None:
-    monkeypatch.setattr(encode, "_BATCH_BYTES", 5000)  # many batches in flight
-    more = ("--shard-tokens", 3000, "--block-tokens", 1000, "--workers", workers)
+    more = ("--shard-tokens", 3000, "--block-tokens", 1000, "--workers", workers, "--unit-bytes", 5000)
     build(tokenizer, tmp_path / "d", *more, input_=[text_dir])
     assert files(tmp_path / "d") == files(built)
 
@@ -242,6 +244,103 @@ def test_verify_and_inspect(tmp_path: Path, built: Path, tokenizer: Path, capsys
         build_shards.main(["verify", str(harmed)])
     assert exit_.value.code == 1
     assert "train-00000.tar" in capsys.readouterr().out
+
+
+def test_inspect_shows_documents_and_lengths(
+    tmp_path: Path, built: Path, text_dir: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    histogram = [
+        line for line in capsys_of(["inspect", built, "--sample", 2, "--seq-len", 600], capsys) if " to " in line
+    ]
+    manifest = read_manifest(built)
+    assert sum(int(line.split()[3]) for line in histogram if line[0] != "-") == manifest.splits["train"].docs
+    shards = ShardSet.open(built)
+    ends = shards.document_ends("train", 0, 1200, 601)
+    assert next(line for line in histogram if line[0] == "-").startswith(f"--- 0 to {ends[0]}: {ends[0]} tokens: [")
+    assert f"--- {ends[-1]} to 601: {601 - ends[-1]} tokens, goes on: [{shards.bos_id}, " in "".join(histogram)
+
+    packing = ("--packing", "bestfit", "--seq-len", 1024, "--align", 64)
+    build(tokenizer, tmp_path / "d", *packing, input_=[text_dir])
+    shown = capsys_of(["inspect", tmp_path / "d"], capsys)
+    assert any(line.startswith("--- 0 to ") for line in shown)
+    assert any(line.endswith(" to 1024: padding") for line in shown)
+    capsys_of(["verify", tmp_path / "d"], capsys)
+    with pytest.raises(SystemExit):
+        build_shards.main(["inspect", str(tmp_path / "d"), "--seq-len", "512"])
+    assert "packed in rows of 1024 tokens: drop --seq-len 512" in capsys.readouterr().err
+
+
+def capsys_of(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    build_shards.main([*map(str, arguments)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_tree_of_parquet_files(tmp_path: Path, texts: list[str], built: Path, tokenizer: Path) -> None:
+    """FineWeb-Edu's layout: data/CC-MAIN-2013-20/train-00000-of-00014.parquet, ..., with the text in `text`."""
+    for number, dump in enumerate(("CC-MAIN-2013-20", "CC-MAIN-2013-48", "CC-MAIN-2024-10")):
+        (tmp_path / "data" / dump).mkdir(parents=True)
+        for part in range(2):
+            some = texts[70 * number + 35 * part :][:35]
+            table = pyarrow.table(
+                {"text": some, "id": [f"<urn:uuid:{len(t)}>" for t in some], "score": [3.1] * len(some)}
+            )
+            pyarrow.parquet.write_table(table, tmp_path / "data" / dump / f"train-{part:05d}-of-00002.parquet")
+    more = ("--shard-tokens", 3000, "--block-tokens", 1000, "--workers", 2)
+    build(tokenizer, tmp_path / "d", *more, input_=[tmp_path / "data"])
+    made = {name: digest for name, digest in files(tmp_path / "d").items() if name.endswith(".tar")}
+    assert made == {name: digest for name, digest in files(built).items() if name.endswith(".tar")}
+
+
+def test_packed_documents(tmp_path: Path, texts: list[str], text_dir: Path, tokenizer: Path) -> None:
+    packing = ("--packing", "bestfit", "--seq-len", 1024, "--align", 32, "--shard-tokens", 9000, "--block-tokens", 700)
+    for workers in (1, 2):
+        build(
+            tokenizer, tmp_path / f"{workers}", *packing, "--workers", workers, "--unit-bytes", 9000, input_=[text_dir]
+        )
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    shards = ShardSet.open(tmp_path / "1")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    found = []
+    for split in ("train", "valid"):
+        stream = TokenStream(shards, split, 1024, seed=0, shuffle=False)
+        for index in range(stream.num_sequences):
+            row = stream.row(index)
+            assert row.document_starts is not None
+            for start in np.flatnonzero(row.document_starts):
+                end = start + int(np.argmin(row.labels[start:] != -100))
+                assert (row.tokens[start], row.tokens[end]) == (shards.bos_id, shards.eos_id)
+                assert start % 32 == 0
+                found.append(model.decode(row.tokens[start + 1 : end].tolist()))
+    assert sorted(found) == sorted(texts)
+    manifest = read_manifest(tmp_path / "1")
+    assert manifest.unigram_entropy == pytest.approx(_entropy(tmp_path, text_dir, tokenizer), abs=1e-12)
+    assert all(entry.tokens <= 9000 for entry in manifest.splits["train"].shards)
+
+
+def _entropy(tmp_path: Path, text_dir: Path, tokenizer: Path) -> float:
+    """Of the same documents without padding."""
+    build(tokenizer, tmp_path / "concat", input_=[text_dir])
+    return read_manifest(tmp_path / "concat").unigram_entropy
+
+
+def test_mistakes_with_packing(
+    tmp_path: Path, text_dir: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*more: object) -> str:
+        return refused(capsys, tokenizer, tmp_path / "d", *more, input_=[text_dir / "000.txt"])
+
+    assert "--packing bestfit needs --seq-len" in told("--packing", "bestfit")
+    assert "describe the rows of --packing bestfit" in told("--seq-len", 64)
+    assert "describe the rows of --packing bestfit" in told("--align", 4)
+    assert "--seq-len (64) must be 2 or more and a multiple of --align (48)" in told(
+        *("--packing", "bestfit", "--seq-len", 64, "--align", 48)
+    )
+    assert "--seq-len (64) must not exceed --shard-tokens (50)" in told(
+        *("--packing", "bestfit", "--seq-len", 64, "--shard-tokens", 50, "--block-tokens", 10)
+    )
+    assert "--unit-bytes must be 1 or more, not 0" in told("--unit-bytes", 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_a_command_from_standard_input(tmp_path: Path, built: Path, texts: list[str], tokenizer: Path) -> None:

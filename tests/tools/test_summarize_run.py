@@ -90,3 +90,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"loss": 8.0', '"loss": 8..0', 1))
     with pytest.raises(UserError, match="line 2 is damaged"):
         summarize_run.summarize(run)
+
+
+def test_a_mixture_tells_of_each_source(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    data = tmp_path / "data"
+    overrides = [f"data.sources=[{{path: {data}, weight: 3}}, {{path: {data}, name: code}}]", "data.seq_len=512"]
+    ramp = ["data.batch_tokens=1024", "data.batch_ramp=[{tokens: 30000, batch_tokens: 2048}]", "schedule.tokens=40960"]
+    (run / "config.yaml").write_text(config_to_yaml(load_config(None, overrides + ramp)))
+    with open(run / "metrics.jsonl", "a") as file:
+        step = {"step": 21, "tokens": 21504, "loss": 6.0, "seconds": 1.0, "tokens_per_second": 1024}
+        counts = {"tokens/data": 16128, "tokens/code": 5376, "epochs/data": 1.5, "epochs/code": 0.25}
+        file.write(json.dumps(step | counts) + "\n")
+        file.write(json.dumps({"step": 21, "tokens": 21504, "valid_loss": 4.0, "valid_loss/code": 3.0}) + "\n")
+    told = dict(summarize_run.summarize(run))
+    assert told["data"] == f"{data}, {data}, unigram entropy 3.250 nats per token"
+    assert told["progress"] == "step 21 of 35, 21,504 tokens"
+    assert told["source data"] == "16,128 tokens, 75.0%, 1.50 epochs"
+    assert told["source code"] == "5,376 tokens, 25.0%, 0.25 epochs"
+    assert told["validation code"].startswith("3.000 nats per token")
+    assert told["speed"].startswith("1,955 tokens/s")

@@ -14,6 +14,7 @@ from tests.train.jobs import train_job
 from tests.train.test_zero import sharded
 from tests.train.tiny import SEQ_LEN, read_metrics, tiny_config, tiny_tree
 from titans_pretrain.config import config_from_dict
+from titans_pretrain.data.mixture import Sources
 from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import TokenStream
 from titans_pretrain.errors import UserError
@@ -79,4 +80,4 @@ def test_fewer_sequences_than_ranks(dataset: Path, tmp_path: Path) -> None:
 def test_validation_split_too_short_for_the_length(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, tmp_path, eval__length_multiples=[1, 21])
     with pytest.raises(UserError, match=r"valid split.*length_multiples"):
-        Evaluation(config, ShardSet.open(dataset), Grid(0, 1, torch.device("cpu")))
+        Evaluation(config, Sources.of(config.data, [ShardSet.open(dataset)]), Grid(0, 1, torch.device("cpu")))

@@ -187,7 +187,7 @@ def test_damaged_validation_data_stops_every_rank_even_where_bad_rows_are_skippe
     dataset = make_dataset(tmp_path / "set", block_tokens=64)
     entry = read_manifest(dataset).splits["valid"].shards[0]
     assert entry.tokens > 10 * SEQ_LEN
-    from titans_pretrain.data.shards import BlockIndex, ShardFile
+    from titans_pretrain.data.shard_file import BlockIndex, ShardFile
 
     table = BlockIndex(entry, ShardFile(dataset / entry.name)).table
     flip_byte(dataset / entry.name, table[3]["offset"] + 64)  # sequences 6 and 7

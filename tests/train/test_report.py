@@ -14,7 +14,7 @@ from tests.distributed import run_distributed
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, read_metrics, tiny_config, tiny_tree
 from titans_pretrain.model.cost import flops_per_token
-from titans_pretrain.train.report import code_text, cut_metrics, duration, perplexity
+from titans_pretrain.train.report import _board_name, code_text, cut_metrics, duration, perplexity
 
 
 def test_metrics_tensorboard_and_console_of_a_resumed_run(dataset: Path, tmp_path: Path) -> None:
@@ -126,3 +126,16 @@ def test_code_text_with_and_without_git(tmp_path: Path) -> None:
     text = code_text(tree)
     assert git("rev-parse", "HEAD") in text
     assert "+x = 2" in text
+
+
+def test_tensorboard_groups_what_each_source_tells() -> None:
+    names = {
+        "tokens/web": "data/tokens_of_web",
+        "epochs/loss": "data/epochs_of_loss",
+        "valid_loss": "valid/valid_loss",
+        "valid_perplexity_x4/web": "valid/valid_perplexity_x4_of_web",
+        "block_0/surprise": "memory/block_0/surprise",
+        "mfu": "speed/mfu",
+        "loss": "train/loss",
+    }
+    assert {name: _board_name(name) for name in names} == names

@@ -24,10 +24,8 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
     the weights were left alone, and the norm."""
     from titans_pretrain.data.shards import ShardSet
     from titans_pretrain.data.stream import BatchLoader, TokenStream
-    from titans_pretrain.layout import choose_layout, memory_strategy
-    from titans_pretrain.model import Titans, initialize
-    from titans_pretrain.parallel.sequence import ShardedSequence
-    from titans_pretrain.parallel.tensor import split_model
+    from titans_pretrain.layout import choose_layout
+    from titans_pretrain.parallel.build import build_model
     from titans_pretrain.train.engine import Engine, NotFiniteError
     from titans_pretrain.train.environment import find_environment, join
     from titans_pretrain.train.watch import describe_failure
@@ -37,10 +35,7 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
     grid = grid.lay_out(choose_layout(config, grid.world_size))
     shards = ShardSet.open(config.data.path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=shards.vocab_size))
-    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-    model = Titans(config.model, sequence=sequence)
-    initialize(model, seed=0)
-    split_model(model, grid.tensor)
+    model = build_model(config, grid, seed=0)
     if config.model.compile:
         model.compile_blocks("aot_eager")
     victim = model.blocks[1].feed_forward.up.weight
@@ -64,7 +59,7 @@ def stop_on_bad_gradient(tree: dict[str, Any], poison: str) -> tuple[str, bool, 
     )
     batch = next(loader)
     loader.close()
-    for index, (tokens, labels) in enumerate(batch):
+    for index, (tokens, labels, _) in enumerate(batch):
         if index:
             engine.end_micro_batch()
         engine.forward_backward(tokens, labels, 0.01)

@@ -5,10 +5,7 @@ With `data.on_bad=skip` such a row keeps its place and shape in the batch, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from titans_pretrain.errors import UserError
 
@@ -33,27 +30,3 @@ class BadRow(NamedTuple):
     """The shard that is to blame, with its folder or URL."""
     sentence: str
     """What is wrong with it."""
-
-
-def read_rows(
-    sample: Callable[[int], np.ndarray], numbers: Sequence[int], length: int, skip_bad: bool
-) -> tuple[np.ndarray, list[BadRow]]:
-    """Sequences by number -> int64 [len(numbers), length], and which of them are bad: those are all zeros.
-
-    Args:
-        sample: number -> int64 [length].
-        skip_bad: False: the first bad row raises.
-
-    Raises:
-        UserError: a sequence cannot be read.
-    """
-    rows = np.zeros((len(numbers), length), dtype=np.int64)
-    bad = []
-    for row, number in enumerate(numbers):
-        try:
-            rows[row] = sample(number)
-        except DamageError as error:
-            if not skip_bad:
-                raise
-            bad.append(BadRow(row, error.shard, str(error)))
-    return rows, bad

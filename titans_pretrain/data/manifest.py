@@ -32,6 +32,7 @@ class ShardEntry:
     sha256: str
     tokens: int
     docs: int
+    """Entries of the document ends: in a packed dataset pieces of documents and runs of padding."""
     index_offset: int
     """Byte offset of the block index's content in the file."""
     index_bytes: int
@@ -43,10 +44,23 @@ class SplitEntry:
     """The shards of one split, in the order in which their text was read."""
 
     tokens: int
+    """With the padding of a packed dataset."""
     docs: int
     text_bytes: int
     """UTF-8 bytes of the documents, for bits per byte."""
     shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents lie in the rows of a packed dataset."""
+
+    seq_len: int
+    """Tokens per row. Rows lie one after another from a shard's first token on and never cross shards."""
+    align: int
+    """Documents start at multiples of it in a row."""
+    pad: int
+    """The token that fills gaps; no document starts with it."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,20 @@ class Manifest:
     """How the shards were built."""
     splits: dict[str, SplitEntry]
 
+    @property
+    def packing(self) -> Packing | None:
+        """None: documents follow one another without a gap, and sequences are cut anywhere."""
+        packing = self.options.get("packing", {"kind": "concat"})
+        if packing["kind"] == "concat":
+            return None
+        return Packing(packing["seq_len"], packing["align"], packing["pad"])
+
     def fingerprint(self) -> str:
         """Hex SHA-256 over everything that decides the token stream."""
         shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
-        return _digest(
-            [FORMAT_VERSION, self.dtype, self.vocab_size, self.tokenizer_sha256, self.bos_id, self.eos_id, shards]
-        )
+        content = [FORMAT_VERSION, self.dtype, self.vocab_size, self.tokenizer_sha256, self.bos_id, self.eos_id, shards]
+        # The same shards read as rows of another length are other sequences.
+        return _digest([*content, *([dataclasses.astuple(self.packing)] if self.packing else [])])
 
 
 def dtype_for(vocab_size: int) -> str:

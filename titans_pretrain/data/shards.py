@@ -7,24 +7,22 @@ Shards of a remote dataset are read from the local cache, into which they come w
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
+import bisect
+import functools
 import threading
 import time
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from titans_pretrain.config import DataConfig
-from titans_pretrain.data.atomic import sha256_of
-from titans_pretrain.data.cache import PATIENCE, Cache, HeldFile, NoRoomError
+from titans_pretrain.data.cache import PATIENCE, Cache, NoRoomError
 from titans_pretrain.data.damage import DamageError
 from titans_pretrain.data.fetch import FORGIVE, RemoteFolder
-from titans_pretrain.data.location import scheme_of
+from titans_pretrain.data.location import scheme_of, shown
 from titans_pretrain.data.manifest import (
     DTYPES,
     SPLITS,
@@ -34,10 +32,15 @@ from titans_pretrain.data.manifest import (
     SplitEntry,
     read_manifest,
 )
+from titans_pretrain.data.shard_file import VERIFY_COMMAND, BlockIndex, ShardFile, crc32
+from titans_pretrain.data.verify import size_problem, tokenizer_problem
 from titans_pretrain.errors import UserError
 
-VERIFY_COMMAND = "python tokenizer/build_shards.py verify"
+T = TypeVar("T")
+
 _OPEN_FILES = 64
+_KEPT_ENDS = 256
+"""Blocks whose document ends stay in memory: 16 KB each at 500 tokens a document."""
 
 
 class ShardSet:
@@ -45,7 +48,7 @@ class ShardSet:
 
     def __init__(self, path: Path | str, manifest: Manifest, remote: RemoteFolder | None = None):
         self.path = path
-        """The folder, or the remote location."""
+        """The folder, or the remote location as messages may show it."""
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.tokenizer_sha256 = manifest.tokenizer_sha256
@@ -55,10 +58,13 @@ class ShardSet:
         """Nats per token of the train split's unigram distribution."""
         self.fingerprint = manifest.fingerprint()
         """SHA-256 over what decides the token stream."""
-        self._dtype = np.dtype(DTYPES[manifest.dtype])
+        self.dtype = np.dtype(DTYPES[manifest.dtype])
+        """Of a token on disk."""
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ShardFile] = OrderedDict()
         self._indexes: dict[str, BlockIndex] = {}
+        self._ends: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._closings = 0
         self._remote = remote
         self._tokenizer = remote.tokenizer(manifest) if remote else None
         self._fetched_again: dict[str, float] = {}
@@ -78,13 +84,13 @@ class ShardSet:
         """
         if scheme_of(path):
             remote = RemoteFolder(str(path), cache or Cache.of(DataConfig()))
-            return cls(str(path), remote.manifest(), remote)
+            return cls(shown(str(path)), remote.manifest(), remote)
         directory = Path(path)
         manifest = read_manifest(directory)
         entries = [entry for split in manifest.splits.values() for entry in split.shards]
-        problem = _tokenizer_problem(directory, manifest)
+        problem = tokenizer_problem(directory, manifest)
         for entry in [] if skip_bad else entries:
-            problem = problem or _size_problem(directory / entry.name, entry)
+            problem = problem or size_problem(directory / entry.name, entry)
         if problem:
             raise UserError(
                 f"{problem}; restore the file or build the dataset again ({VERIFY_COMMAND} {directory} checks all)"
@@ -114,6 +120,10 @@ class ShardSet:
     def is_remote(self) -> bool:
         return self._remote is not None
 
+    def has_tokens(self, split: str) -> bool:
+        """Whether split "train" or "valid" holds any."""
+        return split in self.manifest.splits and self.manifest.splits[split].tokens > 0
+
     def num_tokens(self, split: str) -> int:
         """Tokens in split "train" or "valid"."""
         return self.split(split).tokens
@@ -125,17 +135,43 @@ class ShardSet:
             DamageError: the shard is missing, cut short or damaged where it is read.
             UserError: the cache of a remote dataset cannot be used.
         """
-        entry = self.split(split).shards[shard]
-        assert start >= 0
-        assert start + count <= entry.tokens
+        tokens = np.empty(count, dtype=self.dtype)
+        self.read_into(split, shard, start, tokens)
+        return tokens
+
+    def read_into(self, split: str, shard: int, start: int, tokens: np.ndarray) -> None:
+        """`read` into a contiguous array of the dataset's dtype, as many as it holds."""
+        self.read_rows(split, [shard], [start], [tokens])
+
+    def read_rows(
+        self, split: str, shards: Sequence[int], starts: Sequence[int], rows: Iterable[np.ndarray] | np.ndarray
+    ) -> None:
+        """`read_into` of many rows, faster than one by one: a row costs little more than its system call.
+
+        Raises:
+            DamageError, UserError: as `read`, for the first row that cannot be read; those after it have not been.
+        """
+        entries = self.split(split).shards
+        itemsize = self.dtype.itemsize
+        opened: dict[int, tuple[ShardFile, BlockIndex]] = {}
         with self._lock:
-            file = self._file(entry)
-            try:
-                return self._read(entry, file, start, count)
-            except DamageError:
-                if not self._may_fetch_again(entry):
-                    raise
-            return self._read(entry, self._file(entry), start, count)
+            closings = self._closings
+            for row, shard, start in zip(rows, shards, starts, strict=True):
+                if shard in opened:
+                    file, index = opened[shard]
+                    block = bisect.bisect_right(index.first_tokens, start) - 1
+                    skip = start - index.first_tokens[block]
+                    place = index.table[block]
+                    if index.checked[block] and skip + len(row) <= place["tokens"]:
+                        file.read_into(row, place["offset"] + skip * itemsize)
+                        continue
+                entry = entries[shard]
+                assert 0 <= start <= entry.tokens - len(row)
+                self._with_file(entry, functools.partial(self._read_blocks, start=start, tokens=row))
+                if self._closings != closings:
+                    closings = self._closings
+                    opened.clear()
+                opened[shard] = self._open[entry.name], self._indexes[entry.name]
 
     def expect(self, split: str, now: Sequence[int], later: Sequence[int]) -> None:
         """Say which shards are read from here on, in any order, and which after that, so that they can be fetched early and
@@ -146,25 +182,79 @@ class ShardSet:
         with self._lock:
             kept = {shards[number].name for number in now}
             for name in [shard.name for shard in shards if shard.name in self._open and shard.name not in kept]:
-                self._open.pop(name).close()
+                self._close(name)
             wanted = [shards[number] for number in (*now, *later) if shards[number].name not in self._open]
         self._remote.expect(wanted)
 
-    def _read(self, entry: ShardEntry, file: ShardFile, start: int, count: int) -> np.ndarray:
-        tokens = np.empty(count, dtype=self._dtype)
-        index = self._index(entry, file)
-        first = int(np.searchsorted(index.starts, start, side="right")) - 1
+    def document_ends(self, split: str, shard: int, start: int, count: int) -> np.ndarray:
+        """Where documents end in tokens `start` to `start + count` of a shard: each one's end (exclusive), counted from
+        `start`, that lies in 1..count, int64 [docs]. In a packed dataset runs of padding count as documents.
+
+        Raises:
+            UserError: the shard is missing, cut short or damaged where it is read.
+        """
+        entry = self.split(split).shards[shard]
+        assert 0 <= start < start + count <= entry.tokens
+        with self._lock:
+            found = self._with_file(entry, functools.partial(self._find_ends, start=start, count=count))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _with_file(self, entry: ShardEntry, read: Callable[[ShardFile, BlockIndex], T]) -> T:
+        """`read` from an open shard. A damaged copy of a remote one is fetched again, once."""
+        file = self._file(entry)
+        try:
+            return read(file, self._index(entry, file))
+        except DamageError:
+            if not self._may_fetch_again(entry):
+                raise
+        file = self._file(entry)
+        return read(file, self._index(entry, file))
+
+    def _read_blocks(self, file: ShardFile, index: BlockIndex, start: int, tokens: np.ndarray) -> None:
+        """A stretch that may go over several blocks, of which some were never checked."""
+        block = bisect.bisect_right(index.first_tokens, start) - 1
+        skip = start - index.first_tokens[block]
         done = 0
-        for block in range(first, len(index.starts)):
-            if done == count:
-                break
+        while done < len(tokens):
             if not index.checked[block]:
                 self._check_block(file, index, block)
-            skip = start + done - int(index.starts[block])
-            here = min(count - done, int(index.tokens[block]) - skip)
-            file.read_into(tokens[done : done + here], int(index.offsets[block]) + skip * self._dtype.itemsize)
+            place = index.table[block]
+            here = min(len(tokens) - done, place["tokens"] - skip)
+            file.read_into(tokens[done : done + here], place["offset"] + skip * self.dtype.itemsize)
             done += here
-        return tokens
+            block += 1
+            skip = 0
+
+    def _find_ends(self, file: ShardFile, index: BlockIndex, start: int, count: int) -> list[np.ndarray]:
+        found = []
+        for block in range(int(index.starts.searchsorted(start, side="right")) - 1, len(index.starts)):
+            skip = start - int(index.starts[block])
+            if skip + count <= 0:
+                break
+            ends = self._block_ends(file, index, block)
+            first, last = ends.searchsorted((skip + 1, skip + count + 1))
+            found.append(ends[first:last] - skip)
+        return found
+
+    def _block_ends(self, file: ShardFile, index: BlockIndex, block: int) -> np.ndarray:
+        """int64 [docs], counted from the block's start."""
+        key = (str(file.path), block)
+        if key not in self._ends:
+            content = np.empty(index.table[block]["docs"], dtype="<u4")
+            file.read_into(content, index.table[block]["docends_offset"])
+            actual, expected = crc32(content), index.table[block]["docends_crc32"]
+            if actual != expected:
+                raise DamageError(
+                    f"shard {file.path} is damaged: the document ends of block {block} have CRC {actual:08x} but were "
+                    f"written with {expected:08x}; {file.remedy}",
+                    str(file.path),
+                )
+            self._ends[key] = content.astype(np.int64)
+            if len(self._ends) > _KEPT_ENDS:
+                self._ends.popitem(last=False)
+        else:
+            self._ends.move_to_end(key)
+        return self._ends[key]
 
     def _file(self, entry: ShardEntry) -> ShardFile:
         if entry.name in self._open:
@@ -172,7 +262,7 @@ class ShardSet:
         else:
             self._open[entry.name] = self._open_file(entry)
             if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
+                self._close(next(iter(self._open)))
         return self._open[entry.name]
 
     def _open_file(self, entry: ShardEntry) -> ShardFile:
@@ -185,7 +275,12 @@ class ShardSet:
             except NoRoomError:
                 if not self._open:
                     raise
-                self._open.popitem(last=False)[1].close()  # the cache is smaller than a window
+                self._close(next(iter(self._open)))  # the cache is smaller than a window
+
+    def _close(self, name: str) -> None:
+        self._open.pop(name).close()
+        self._indexes.pop(name, None)  # else they would grow with the shards ever read
+        self._closings += 1
 
     def _may_fetch_again(self, entry: ShardEntry) -> bool:
         """Drop a damaged copy of a remote shard, unless that was done a moment ago."""
@@ -193,8 +288,9 @@ class ShardSet:
         if self._remote is None or now - self._fetched_again.get(entry.name, -FORGIVE) < FORGIVE:
             return False
         self._fetched_again[entry.name] = now
-        self._open.pop(entry.name).close()
-        self._indexes.pop(entry.name, None)
+        for key in [key for key in self._ends if key[0] == str(self._open[entry.name].path)]:
+            del self._ends[key]
+        self._close(entry.name)
         self._remote.discard(entry)
         return True
 
@@ -204,9 +300,9 @@ class ShardSet:
         return self._indexes[entry.name]
 
     def _check_block(self, file: ShardFile, index: BlockIndex, block: int) -> None:
-        content = np.empty(int(index.tokens[block]), dtype=self._dtype)
+        content = np.empty(int(index.tokens[block]), dtype=self.dtype)
         file.read_into(content, int(index.offsets[block]))
-        actual, expected = _crc32(content), index.table[block]["crc32"]
+        actual, expected = crc32(content), index.table[block]["crc32"]
         if actual != expected:
             raise DamageError(
                 f"shard {file.path} is damaged: block {block} has CRC {actual:08x} but was written with {expected:08x}; "
@@ -214,176 +310,3 @@ class ShardSet:
                 str(file.path),
             )
         index.checked[block] = True
-
-
-class ShardFile:
-    """An open shard: reads at an offset into an array.
-
-    Args:
-        path: what messages call it; opened where `held` is None.
-        held: a copy of it in the cache.
-        dataset: the location that it is part of; "": the folder of `path`.
-    """
-
-    def __init__(self, path: Path | str, held: HeldFile | None = None, dataset: str = ""):
-        self.path = path
-        where = shlex.quote(dataset or str(Path(path).parent))
-        self.remedy = f"restore the file or build the dataset again ({VERIFY_COMMAND} {where} checks all)"
-        self._held = held
-        try:
-            self._descriptor = held.descriptor if held else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise DamageError(f"cannot open shard {path}: {error.strerror}; {self.remedy}", str(path)) from error
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            if self._held:
-                self._held.close()
-            else:
-                os.close(self._descriptor)
-            self._descriptor = -1
-
-    def read_into(self, array: np.ndarray, offset: int) -> None:
-        """Fill contiguous `array` from byte `offset`.
-
-        Raises:
-            DamageError: the disk fails or the file ends early.
-        """
-        view = array.view(np.uint8).data
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise DamageError(
-                    f"cannot read shard {self.path} at byte {offset + done}: {error.strerror}; {self.remedy}",
-                    str(self.path),
-                ) from error
-            if count == 0:
-                raise DamageError(
-                    f"shard {self.path} ends at byte {self.size}, before byte {offset + len(view)}, where it has data by its "
-                    f"index; {self.remedy}",
-                    str(self.path),
-                )
-            done += count
-
-
-class BlockIndex:
-    """The block table of one shard, read from its `__index__` member.
-
-    starts: int64 [blocks], the first token of each block counted from the shard's first.
-    tokens, offsets: int64 [blocks], tokens in a block and the byte offset of the first.
-    checked: bool [blocks], whether the CRC was found right.
-    """
-
-    def __init__(self, entry: ShardEntry, file: ShardFile):
-        content = np.empty(entry.index_bytes, dtype=np.uint8)
-        file.read_into(content, entry.index_offset)
-        if _crc32(content) != entry.index_crc32:
-            raise DamageError(
-                f"the block index of shard {file.path} is damaged: CRC {_crc32(content):08x}, but the manifest says "
-                f"{entry.index_crc32:08x}; {file.remedy}",
-                str(file.path),
-            )
-        self.table: list[dict[str, int]] = json.loads(content.tobytes())["blocks"]
-        self.tokens = np.array([block["tokens"] for block in self.table], dtype=np.int64)
-        self.starts = np.cumsum(self.tokens) - self.tokens
-        self.offsets = np.array([block["offset"] for block in self.table], dtype=np.int64)
-        self.checked = np.zeros(len(self.table), dtype=bool)
-
-
-def verify(path: str | Path, cache: Cache | None = None) -> list[str]:
-    """Read every byte of a dataset and compare it with its checksums; costs one SHA-256 over the shards.
-
-    A remote dataset comes through the cache, one shard at a time, which compares what it downloads.
-
-    Args:
-        cache: for a remote dataset; None: that of the default settings.
-
-    Returns:
-        One sentence per problem, empty when all is as written.
-
-    Raises:
-        UserError: the manifest itself cannot be used, or the cache not written.
-    """
-    if scheme_of(path):
-        return list(_remote_problems(RemoteFolder(str(path), cache or Cache.of(DataConfig()))))
-    directory = Path(path)
-    manifest = read_manifest(directory)
-    problems = [_tokenizer_problem(directory, manifest)]
-    for split in manifest.splits.values():
-        for entry in split.shards:
-            problems += _shard_problems(directory / entry.name, manifest, entry)
-    return [problem for problem in problems if problem]
-
-
-def _remote_problems(remote: RemoteFolder) -> Iterator[str]:
-    manifest = remote.manifest()
-    try:
-        remote.tokenizer(manifest).close()
-    except UserError as error:
-        yield str(error)
-    for split in manifest.splits.values():
-        for entry in split.shards:
-            try:
-                held = remote.open(entry)
-                if sha256_of(held.path) != entry.sha256:  # the copy that was here
-                    held.close()
-                    remote.discard(entry)
-                    held = remote.open(entry)
-                held.close()
-            except DamageError as error:
-                yield str(error)
-
-
-def _tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
-    path = directory / TOKENIZER_NAME
-    try:
-        actual = sha256_of(path)
-    except OSError as error:
-        return f"cannot read {path}: {error.strerror}"
-    if actual != manifest.tokenizer_sha256:
-        return f"{path} is not the tokenizer that made the shards: SHA-256 {actual}, not {manifest.tokenizer_sha256}"
-    return None
-
-
-def _size_problem(path: Path, entry: ShardEntry) -> str | None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return f"cannot read shard {path}: {error.strerror}"
-    return f"shard {path} has {size} bytes, but the manifest says {entry.bytes}" if size != entry.bytes else None
-
-
-def _shard_problems(path: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
-    """What is wrong with one shard: its size, or its SHA-256 and then the blocks that are to blame."""
-    if problem := _size_problem(path, entry):
-        yield problem
-        return
-    try:
-        actual = sha256_of(path)
-        if actual == entry.sha256:
-            return
-        yield f"shard {path} has SHA-256 {actual}, but the manifest says {entry.sha256}"
-        file = ShardFile(path)
-        for number, block in enumerate(BlockIndex(entry, file).table):
-            for what, offset, count, dtype, expected in (
-                ("tokens", block["offset"], block["tokens"], DTYPES[manifest.dtype], block["crc32"]),
-                ("document ends", block["docends_offset"], block["docs"], "<u4", block["docends_crc32"]),
-            ):
-                content = np.empty(count, dtype=dtype)
-                file.read_into(content, offset)
-                if _crc32(content) != expected:
-                    yield f"shard {path}: the {what} of block {number} are damaged"
-    except OSError as error:
-        yield f"cannot read shard {path}: {error.strerror}"
-    except UserError as error:
-        yield str(error)
-
-
-def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(array.view(np.uint8).data)

@@ -70,10 +70,13 @@ def backward(
     def summed(xs: list[Tensor]) -> tuple[Tensor, ...]:  # [n, ...] -> [h, ...]
         return tuple(x.unflatten(0, (-1, heads)).sum(0) for x in xs)
 
-    if carried.home is not None:  # first_carried took it from the weights
-        initial = summed([x.sub_(w) for x, w in zip(carried.home, carried.weights, strict=True)])
-    elif carried.fresh is not None:
-        initial = summed(carried.fresh)
+    if carried.home is not None:  # first_carried took it from the weights, make_rule from the fresh ones
+        for taken in (carried.weights, carried.fresh_weights or ()):
+            for x, w in zip(carried.home, taken, strict=False):
+                x.sub_(w)
+        initial = summed(carried.home)
+    elif carried.fresh_weights is not None and not inputs.fresh_weights:
+        initial = summed(carried.fresh_weights)
     else:
         initial = tuple(w.new_zeros(w.shape, dtype=dtype) for w in inputs.initial_weights)
     gain, bias = (None, None) if carried.norm is None else summed([x.squeeze(1) for x in carried.norm])
@@ -82,7 +85,14 @@ def backward(
         for xs in (carried.weights, carried.momentum, carried.anchor if inputs.anchor else ())
     )
     return found._replace(
-        initial_weights=initial, norm_weight=gain, norm_bias=bias, weights=weights, momentum=momentum, anchor=anchor
+        initial_weights=initial,
+        norm_weight=gain,
+        norm_bias=bias,
+        weights=weights,
+        momentum=momentum,
+        anchor=anchor,
+        fresh_weights=summed(carried.fresh_weights or []) if inputs.fresh_weights else (),
+        fresh_momentum=summed(carried.fresh_momentum or []),
     )
 
 
@@ -107,7 +117,8 @@ def _last_gradients(inputs: ScanInputs, rule: Rule, grads: ResultGradients) -> C
         given(grads.momentum),
         given(grads.anchor),
         None if rule.home is None else given(grads.weights),
-        None if rule.fresh is None else given(()),
+        None if rule.fresh_weights is None else given(()),
+        None if rule.fresh_momentum is None else given(()),
         norm,
         _room(inputs),
     )

@@ -28,7 +28,7 @@ _NUM_SETTINGS = 6
 _SCHEMA_OF_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_gamma, Tensor? log_eta, Tensor theta, Tensor[] initial_weights, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor[] momentum, Tensor[] anchor, "
-    "Tensor? document_starts, "
+    "Tensor[] fresh_weights, Tensor[] fresh_momentum, Tensor? document_starts, "
     "int offset, int chunk_size, str activation, str forget_toward, float norm_eps, str path"
 )
 
@@ -61,7 +61,7 @@ def ends_in_own_chunk(length: int, offset: int, chunk_size: int) -> bool:
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
-    inputs, offset, options, path = _parse(arguments)
+    inputs, offset, options, path = parse(arguments)
     want_surprise, save = arguments[_NUM_INPUTS + _NUM_SETTINGS :]
     with _without_autocast(inputs.q):
         result = PATHS[path].forward(inputs, offset, options, want_surprise, save)
@@ -70,7 +70,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
 
 
 def _forward_like(*arguments: Any) -> list[Tensor]:
-    inputs, offset, options, path = _parse(arguments)
+    inputs, offset, options, path = parse(arguments)
     save = arguments[-1]
     q, theta = inputs.q, inputs.theta
     sets = 3 if ends_in_own_chunk(q.shape[1], offset, options.chunk_size) else 2
@@ -80,7 +80,7 @@ def _forward_like(*arguments: Any) -> list[Tensor]:
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    inputs, offset, options, path = _parse(arguments)
+    inputs, offset, options, path = parse(arguments)
     saved, out, weights, momentum, anchor = arguments[_NUM_INPUTS + _NUM_SETTINGS :]
     if out is None:
         out = inputs.q.new_zeros(inputs.q.shape)
@@ -91,7 +91,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_like(*arguments: Any) -> list[Tensor]:
-    inputs, *_ = _parse(arguments)
+    inputs, *_ = parse(arguments)
     return [x.new_empty(x.shape) for x in _tensors(inputs[:-1])]
 
 
@@ -112,7 +112,7 @@ def _own(results: Iterator[Tensor], arguments: Sequence[Any]) -> list[Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    scanned, offset, options, _ = _parse(inputs)
+    scanned, offset, options, _ = parse(inputs)
     result = _unflatten_result(output, scanned, offset, options)
     ctx.mark_non_differentiable(result.surprise, *result.saved)
     ctx.arguments = tuple(None if isinstance(x, (Tensor, list)) else x for x in inputs[: _NUM_INPUTS + _NUM_SETTINGS])
@@ -124,7 +124,7 @@ def _run_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     tensors = iter(ctx.saved_tensors)
     fields = _fill(ctx.counts, tensors)
     arguments = (*fields, *ctx.arguments[_NUM_INPUTS:])
-    inputs, offset, options, _ = _parse(arguments)
+    inputs, offset, options, _ = parse(arguments)
     given = _unflatten_result(list(grads), inputs, offset, options)
     flat = torch.ops.titans_pretrain.memory_scan_backward.default(
         *arguments,
@@ -171,11 +171,17 @@ def _settings(options: MemoryOptions) -> tuple[int, str, str, float]:
     return options.chunk_size, options.activation, options.forget_toward, options.norm_eps
 
 
-def _parse(arguments: Sequence[Any]) -> tuple[ScanInputs, int, MemoryOptions, str]:
+def parse(arguments: Sequence[Any]) -> tuple[ScanInputs, int, MemoryOptions, str]:
     """The arguments that both operators begin with, lists as tuples."""
     inputs = ScanInputs._make(tuple(x) if isinstance(x, list) else x for x in arguments[:_NUM_INPUTS])
     offset, *settings, path = arguments[_NUM_INPUTS : _NUM_INPUTS + _NUM_SETTINGS]
     return inputs, offset, MemoryOptions(*settings), path
+
+
+def with_path(arguments: Sequence[Any], path: str) -> tuple[Any, ...]:
+    """The same arguments for another path."""
+    place = _NUM_INPUTS + _NUM_SETTINGS - 1
+    return (*arguments[:place], path, *arguments[place + 1 :])
 
 
 def _tensors(fields: Sequence[Any]) -> Iterator[Tensor]:
@@ -189,7 +195,7 @@ def _tensors(fields: Sequence[Any]) -> Iterator[Tensor]:
 
 def _fill(counts: Sequence[int], tensors: Iterator[Tensor]) -> list[Any]:
     """The inverse of `_tensors` for the first `counts` fields of ScanInputs: tensors, lists of tensors and Nones."""
-    lists = {"initial_weights", "weights", "momentum", "anchor"}
+    lists = {"initial_weights", "weights", "momentum", "anchor", "fresh_weights", "fresh_momentum"}
     fields: list[Any] = []
     for name, count in zip(ScanInputs._fields, counts, strict=False):
         taken = [next(tensors) for _ in range(count)]

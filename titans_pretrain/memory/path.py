@@ -36,9 +36,12 @@ class ScanInputs(NamedTuple):
     momentum: tuple[Tensor, ...]
     anchor: tuple[Tensor, ...]
     """Empty where `offset` is 0: the anchor is then `weights`."""
-    document_starts: Tensor | None
-    """[b, chunks] bool: the c-th chunk that begins inside the call begins a document: before its first token W = W_init
-    and S = 0. None: no document begins. Not differentiable."""
+    fresh_weights: tuple[Tensor, ...] = ()
+    """W before the first token of a document, l times [h, in, out], as fresh_momentum. Both empty: W = W_init and S = 0."""
+    fresh_momentum: tuple[Tensor, ...] = ()
+    document_starts: Tensor | None = None
+    """[b, chunks] bool: the c-th chunk that begins inside the call begins a document. None: no document begins. Not
+    differentiable."""
 
 
 class ScanResult(NamedTuple):
@@ -72,6 +75,8 @@ class ScanGradients(NamedTuple):
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
     anchor: tuple[Tensor, ...]
+    fresh_weights: tuple[Tensor, ...] = ()
+    fresh_momentum: tuple[Tensor, ...] = ()
 
 
 class ResultGradients(NamedTuple):

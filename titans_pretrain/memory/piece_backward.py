@@ -41,7 +41,8 @@ class CarriedGradients(NamedTuple):
     """Of the chunk at hand."""
     home: list[Tensor] | None
     """Summed over everything, as the next ones. None where there is no home."""
-    fresh: list[Tensor] | None
+    fresh_weights: list[Tensor] | None
+    fresh_momentum: list[Tensor] | None
     norm: tuple[Tensor, Tensor] | None
     """Of the layer norm's gain and bias [n, 1, d]."""
     room: list[Tensor]
@@ -179,10 +180,13 @@ def _begin_backward(piece: Piece, rule: Rule, grads: CarriedGradients) -> None:
         anchor_grad.zero_()
         if rule.starts is not None:
             start = rule.starts[:, piece.chunk]
-            if grads.fresh is not None:
-                grads.fresh[layer] += w_grad * start
+            s_grad = grads.momentum[layer]
+            if grads.fresh_weights is not None:
+                grads.fresh_weights[layer] += w_grad * start
+            if grads.fresh_momentum is not None:
+                grads.fresh_momentum[layer] += s_grad * start
             w_grad.masked_fill_(start, 0.0)
-            grads.momentum[layer].masked_fill_(start, 0.0)
+            s_grad.masked_fill_(start, 0.0)
 
 
 def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:

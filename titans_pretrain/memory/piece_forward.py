@@ -41,8 +41,10 @@ class Rule(NamedTuple):
 
     home: tuple[Tensor, ...] | None
     """Per layer what forgetting decays the weights to; None: zero."""
-    fresh: tuple[Tensor, ...] | None
-    """Per layer W at the start of a document, without home; None where no document starts in the call, or home is that."""
+    fresh_weights: tuple[Tensor, ...] | None
+    """Per layer W at the start of a document, without home; None where home is that, or no document starts in the call."""
+    fresh_momentum: tuple[Tensor, ...] | None
+    """Per layer S there; None: zero."""
     starts: Tensor | None
     """[n, chunks, 1, 1] bool: the chunk begins a document."""
     norm: Norm | None
@@ -104,7 +106,15 @@ def make_rule(inputs: ScanInputs, options: MemoryOptions) -> Rule:
     if inputs.norm_weight is not None and inputs.norm_bias is not None:
         gain, bias = (per_row(x).unsqueeze(1) for x in (inputs.norm_weight, inputs.norm_bias))
         norm = Norm(gain, bias, options.norm_eps)
-    return Rule(home, None if starts is None or home is not None else initial, starts, norm, options.activation)
+    fresh_weights = fresh_momentum = None
+    if inputs.fresh_weights:
+        fresh_weights = tuple(per_row(w) for w in inputs.fresh_weights)
+        if home is not None:
+            fresh_weights = tuple(w - w0 for w, w0 in zip(fresh_weights, home, strict=True))
+        fresh_momentum = tuple(per_row(s) for s in inputs.fresh_momentum)
+    elif starts is not None and home is None:
+        fresh_weights = initial
+    return Rule(home, fresh_weights, fresh_momentum, starts, norm, options.activation)
 
 
 def first_carried(inputs: ScanInputs, rule: Rule) -> Carried:
@@ -130,10 +140,15 @@ def begin_piece(carried: Carried, piece: Piece, rule: Rule, into: Carried | None
     weights, momentum = carried.weights, carried.momentum
     if rule.starts is not None:
         start = rule.starts[:, piece.chunk]
-        fresh = [w.new_zeros(()) for w in weights] if rule.fresh is None else rule.fresh
-        weights = [torch.where(start, w0, w) for w, w0 in zip(weights, fresh, strict=True)]
-        momentum = [s.masked_fill(start, 0.0) for s in momentum]
+        weights = _begin_documents(weights, rule.fresh_weights, start)
+        momentum = _begin_documents(momentum, rule.fresh_momentum, start)
     return Carried(weights, momentum, with_home(weights, rule, None if into is None else into.anchor))
+
+
+def _begin_documents(carried: Sequence[Tensor], fresh: Sequence[Tensor] | None, start: Tensor) -> list[Tensor]:
+    if fresh is None:
+        return [x.masked_fill(start, 0.0) for x in carried]
+    return [torch.where(start, x0, x) for x, x0 in zip(carried, fresh, strict=True)]
 
 
 def key_side(key: Tensor, value: Tensor, anchor: Sequence[Tensor], rule: Rule, turns: bool) -> KeySide:

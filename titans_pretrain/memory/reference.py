@@ -44,8 +44,10 @@ def scan_reference(inputs: ScanInputs, offset: int, options: MemoryOptions) -> S
         if offset == 0:
             if inputs.document_starts is not None:
                 anew = inputs.document_starts[:, chunks, None, None, None]
-                weights = tuple(w0.where(anew, w) for w0, w in zip(initial_weights, weights, strict=True))
-                momentum = tuple(s.where(~anew, 0.0) for s in momentum)
+                fresh_momentum = inputs.fresh_momentum or [torch.zeros_like(w) for w in initial_weights]
+                fresh = zip(inputs.fresh_weights or initial_weights, weights, strict=True)
+                weights = tuple(w0.where(anew, w) for w0, w in fresh)
+                momentum = tuple(s0.where(anew, s) for s0, s in zip(fresh_momentum, momentum, strict=True))
             anchor = weights
             chunks += 1
         with torch.enable_grad():

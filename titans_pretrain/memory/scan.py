@@ -45,11 +45,19 @@ def choose_path(path: str, inputs: ScanInputs, offset: int, options: MemoryOptio
 
 
 def expected_path(
-    device: torch.device, dtype: torch.dtype, depth: int, head_dim: int, hidden: int, options: MemoryOptions
+    device: torch.device,
+    dtype: torch.dtype,
+    depth: int,
+    head_dim: int,
+    hidden: int,
+    options: MemoryOptions,
+    resets: tuple[bool, bool] | None = None,
 ) -> str:
     """What "auto" will choose for a model of these shapes in training, in words: with the reason where a GPU is there and
-    its kernels cannot be used."""
+    its kernels cannot be used. `resets`: documents begin inside rows; (with a fresh state, with forgetting)."""
     reason = triton.why_not_model(device, dtype, depth, head_dim, hidden, options)
+    if reason is None and resets is not None:
+        reason = triton.why_not_resets(*resets, options)
     if device.type != "cuda":
         return "closed_form"
     return "triton" if reason is None else f"closed_form, many times slower, because triton {reason}"
@@ -70,6 +78,7 @@ def memory_scan(
     options: MemoryOptions = DEFAULT_OPTIONS,
     *,
     document_starts: Tensor | None = None,
+    fresh: MemoryState | None = None,
     path: str = "auto",
     return_signals: Literal[False] = False,
 ) -> tuple[Tensor, MemoryState]: ...
@@ -90,6 +99,7 @@ def memory_scan(
     options: MemoryOptions = DEFAULT_OPTIONS,
     *,
     document_starts: Tensor | None = None,
+    fresh: MemoryState | None = None,
     path: str = "auto",
     return_signals: Literal[True],
 ) -> tuple[Tensor, MemoryState, dict[str, Tensor]]: ...
@@ -109,6 +119,7 @@ def memory_scan(
     options: MemoryOptions = DEFAULT_OPTIONS,
     *,
     document_starts: Tensor | None = None,
+    fresh: MemoryState | None = None,
     path: str = "auto",
     return_signals: bool = False,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, dict[str, Tensor]]:
@@ -127,8 +138,10 @@ def memory_scan(
         norm_weight, norm_bias: [h, d]: M(k) = k + LN(net(k)); both None: M(k) = net(k).
         state: where to go on; None: W = initial_weights, S = 0, at the start of a chunk.
         options: the variant of the rule.
-        document_starts: bool [b, chunks], for each chunk that begins inside the call: before its first token W =
-            initial_weights and S = 0 in that row; None: nowhere.
+        document_starts: bool [b, chunks], for each chunk that begins inside the call: before its first token the memory is
+            in that row what it is before a document; None: nowhere.
+        fresh: the memory before a document, of one row at the start of a chunk: b = 1, offset 0; None: W =
+            initial_weights, S = 0. Without document_starts it has no effect.
         path: "auto", or to force one: "triton" (CUDA kernels), "closed_form", "reference" (slow: one autograd call a token).
         return_signals: also return detached fp32 scalars: "surprise", the mean over tokens and heads of the loss;
             "state_norm" and "momentum_norm", how far W has moved from the initial weights at the end, and the size of S there,
@@ -143,6 +156,7 @@ def memory_scan(
     _check_shapes(q, k, v, log_gamma, log_eta, theta, initial_weights, norm_weight, norm_bias, state, options)
     offset = 0 if state is None else state.offset
     _check_document_starts(document_starts, q, offset, options)
+    _check_fresh(fresh, initial_weights)
     dtype = scan_dtype(q, k, v, initial_weights)
 
     def wide(x: Tensor | None) -> Tensor | None:
@@ -152,9 +166,11 @@ def memory_scan(
     if state is None:
         state = initial_state(start, q.shape[0])
     weights, momentum, anchor = (tuple(x.to(dtype) for x in field) for field in state[:3])
+    anew = fresh[:2] if fresh is not None and document_starts is not None else ((), ())
+    fresh_weights, fresh_momentum = (tuple(x[0].to(dtype) for x in field) for field in anew)
     inputs = ScanInputs(
         q, k, v, wide(log_gamma), wide(log_eta), theta.to(dtype), start, wide(norm_weight), wide(norm_bias),
-        weights, momentum, anchor if offset else (), document_starts,
+        weights, momentum, anchor if offset else (), fresh_weights, fresh_momentum, document_starts,
     )  # fmt: skip
     path = choose_path(path, inputs, offset, options)
     if path == "triton" and offset:
@@ -198,9 +214,8 @@ def _scan_from_mid_chunk(
 ) -> ScanResult:
     """`path` knows only scans from the start of a chunk: the closed form ends the open one first."""
     first = options.chunk_size - offset
-    opening = _run(
-        "closed_form", _tokens(inputs, 0, first)._replace(document_starts=None), offset, options, want_surprise
-    )
+    begun = _tokens(inputs, 0, first)._replace(fresh_weights=(), fresh_momentum=(), document_starts=None)
+    opening = _run("closed_form", begun, offset, options, want_surprise)
     if inputs.q.shape[1] <= first:
         return opening
     rest = _tokens(inputs, first, None)
@@ -223,6 +238,18 @@ def _check_document_starts(starts: Tensor | None, q: Tensor, offset: int, option
             f"document_starts must be bool [b, chunks] = {[q.shape[0], begun]}, for {begun} chunks of {chunk} begin inside "
             f"{q.shape[1]} tokens that start {offset} into one, not {starts.dtype} {_shape(starts)}"
         )
+
+
+def _check_fresh(fresh: MemoryState | None, initial_weights: Sequence[Tensor]) -> None:
+    if fresh is None:
+        return
+    expected = [(1, *w.shape) for w in initial_weights]
+    for name in ("weights", "momentum"):
+        found = [tuple(x.shape) for x in getattr(fresh, name)]
+        if found != expected:
+            raise ValueError(f"fresh.{name} must be {expected}, one row for the initial weights, not {found}")
+    if fresh.offset:
+        raise ValueError(f"fresh must stand at the start of a chunk, not {fresh.offset} tokens into one")
 
 
 def _check_shapes(

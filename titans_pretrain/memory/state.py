@@ -50,6 +50,11 @@ class MemoryState(NamedTuple):
     offset: int
     """Tokens already consumed of the open chunk, 0 <= offset < chunk_size. At 0 the anchor is the weights."""
 
+    def first_row(self) -> MemoryState:
+        """The state of the first sequence, b = 1."""
+        weights, momentum, anchor = (tuple(x[:1] for x in field) for field in self[:3])
+        return MemoryState(weights, momentum, anchor, self.offset)
+
 
 def initial_state(initial_weights: Sequence[Tensor], batch: int) -> MemoryState:
     """W = W_init (one [h, in, out] per memory layer) and S = 0 for `batch` sequences. W is a view: nothing is copied."""

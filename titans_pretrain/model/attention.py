@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
+from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import rotate
 from titans_pretrain.model.sequence import LocalSequence
 
@@ -50,8 +51,10 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         persistent: Tensor | None = None,
         state: AttentionState | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """x [b, t, c], persistent [p, c] -> [b, t, c] and the state after the last token."""
+        """x [b, t, c], persistent [p, c] -> [b, t, c] and the state after the last token; with `documents` it is of no use."""
+        masks = None if documents is None else documents.masks
         queries = rotate(self.heads(self.query(x)), rotary)
         keys, values = self.keys_and_values(x)
         keys = rotate(keys, rotary)
@@ -59,10 +62,10 @@ class Attention(nn.Module):
             keys = self.sequence.extend(keys, state.keys, state.keys.shape[1])
             values = self.sequence.extend(values, state.values, state.values.shape[1])
         if self.window is None:
-            y = self.sequence.causal_attention(queries, keys, values)
+            y = self.sequence.causal_attention(queries, keys, values, masks=masks)
             kept = 0
         else:
             prefix = None if persistent is None else self.keys_and_values(persistent)
-            y = self.sequence.window_attention(queries, keys, values, self.window, prefix)
+            y = self.sequence.window_attention(queries, keys, values, self.window, prefix, masks=masks)
             kept = max(0, keys.shape[1] - (self.window - 1))
         return self.output(y.flatten(-2)), AttentionState(keys[:, kept:], values[:, kept:])

@@ -7,6 +7,7 @@ from torch import Tensor
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.attention import Attention, AttentionState
 from titans_pretrain.model.blocks import Block
+from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.sequence import LocalSequence
 
 
@@ -18,7 +19,11 @@ class TransformerBlock(Block):
         self.attention = Attention(config, window, sequence)
 
     def mix(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: AttentionState | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        state: AttentionState | None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        y, state = self.attention(self.mixer_norm(x), rotary, None, state)
+        y, state = self.attention(self.mixer_norm(x), rotary, None, state, documents)
         return x + y, state

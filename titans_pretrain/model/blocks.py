@@ -1,7 +1,8 @@
 """The four Titans blocks: memory as context (MAC), as gate (MAG), as layer (MAL), alone (LMM); method.md section 2.
 
 Every block maps x [b, t, c] and a state to x [b, t, c] and the state after the last token, for any t: training, prefill
-and decoding are one code path. `state=None` is the beginning of a sequence.
+and decoding are one code path. `state=None` is the beginning of a sequence. `documents` (whole rows only, `state=None`)
+begins several in a row, each computed as if it were alone; the state after that is of no use.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.attention import Attention, AttentionState
 from titans_pretrain.model.attention_scores import attend, segment_mask, with_prefix
+from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import FeedForward, RMSNorm, rotate
 from titans_pretrain.model.neural_memory import MemoryLayerState, NeuralMemory
 from titans_pretrain.model.sequence import LocalSequence
@@ -40,11 +42,15 @@ class Block(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: Any = None) -> tuple[Tensor, Any]:
-        x, state = self.mix(x, rotary, state)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: Any = None, documents: Documents | None = None
+    ) -> tuple[Tensor, Any]:
+        x, state = self.mix(x, rotary, state, documents)
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
-    def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: Any) -> tuple[Tensor, Any]:
+    def mix(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: Any, documents: Documents | None = None
+    ) -> tuple[Tensor, Any]:
         """The sequence mixer with its residual."""
         raise NotImplementedError
 
@@ -78,10 +84,13 @@ class MAGBlock(Block):
         self.memory = NeuralMemory(config, sequence)
         self.gate = MemoryGate(config)
 
-    def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: HybridState | None) -> tuple[Tensor, HybridState]:
+    def mix(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: HybridState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, HybridState]:
         h = self.mixer_norm(x)
-        y, attention = self.attention(h, rotary, self.persistent, state and state.attention)
-        m, memory = self.memory(h, state.memory if state else self.memory.start(x.shape[0], self.persistent))
+        y, attention = self.attention(h, rotary, self.persistent, state and state.attention, documents)
+        start = state.memory if state else self.memory.start(x.shape[0], self.persistent)
+        m, memory = self.memory(h, start, documents)
         return x + self.gate(y, m), HybridState(memory, attention)
 
 
@@ -95,11 +104,14 @@ class MALBlock(Block):
         self.attention = Attention(config, config.window, sequence)
         self.residual = config.mal_residual
 
-    def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: HybridState | None) -> tuple[Tensor, HybridState]:
+    def mix(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: HybridState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, HybridState]:
         start = state.memory if state else self.memory.start(x.shape[0], self.persistent)
-        m, memory = self.memory(self.mixer_norm(x), start)
+        m, memory = self.memory(self.mixer_norm(x), start, documents)
         u = x + m if self.residual else m
-        y, attention = self.attention(self.attention_norm(u), rotary, self.persistent, state and state.attention)
+        normed = self.attention_norm(u)
+        y, attention = self.attention(normed, rotary, self.persistent, state and state.attention, documents)
         return (u if self.residual else x) + y, HybridState(memory, attention)
 
 
@@ -111,9 +123,14 @@ class LMMBlock(Block):
         self.memory = NeuralMemory(config, sequence)
 
     def mix(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: MemoryLayerState | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        state: MemoryLayerState | None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
-        m, memory = self.memory(self.mixer_norm(x), state or self.memory.start(x.shape[0], self.persistent))
+        start = state or self.memory.start(x.shape[0], self.persistent)
+        m, memory = self.memory(self.mixer_norm(x), start, documents)
         return x + m, memory
 
 
@@ -149,11 +166,13 @@ class MACBlock(Block):
         self.retrieve_every = config.retrieve_every
         self.sequence = sequence
 
-    def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: MACState | None) -> tuple[Tensor, MACState]:
+    def mix(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: MACState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, MACState]:
         tokens = self.mixer_norm(x)
         # What does not depend on the memory's state is done once for all segments.
         tail = None if state is None else state.recall_tail
-        recall_queries, recall_tail = self.memory.queries(tokens, tail, self.sequence)
+        recall_queries, recall_tail = self.memory.queries(tokens, tail, self.sequence, documents)
         queries = rotate(self.attention.heads(self.attention.query(tokens)), rotary)
         keys, values = self.attention.keys_and_values(tokens)
         keys = rotate(keys, rotary)
@@ -166,6 +185,9 @@ class MACBlock(Block):
         while start < x.shape[1]:
             stop = min(x.shape[1], start + self.segment_len - state.place)
             rows = slice(start, stop)
+            if documents is not None and start > 0:  # a document's first segment reads the memory as it begins
+                memory = self.memory.begin_anew(state.memory, documents.starts[:, start // self.segment_len])
+                state = state._replace(memory=memory, recalled=memory.memory.weights)
             own = AttentionState(keys[:, rows], values[:, rows])
             output, state = self._segment(
                 tokens[:, rows],
@@ -173,7 +195,7 @@ class MACBlock(Block):
                 queries[:, rows],
                 own,
                 prefix,
-                (rotary[0][rows], rotary[1][rows]),
+                _at(rotary, rows),
                 state,
             )
             outputs.append(output)
@@ -204,7 +226,7 @@ class MACBlock(Block):
         kept = slice(skipped, None, self.retrieve_every)
         retrieved = self.memory.recall(state.recalled, recall_queries[:, kept], tokens[:, kept])
         h_keys, h_values = self.attention.keys_and_values(retrieved)
-        h = AttentionState(rotate(h_keys, (rotary[0][kept], rotary[1][kept])), h_values)
+        h = AttentionState(rotate(h_keys, _at(rotary, kept)), h_values)
         if state.context is not None:
             h, own = (
                 AttentionState(torch.cat((old.keys, new.keys), dim=1), torch.cat((old.values, new.values), dim=1))
@@ -225,3 +247,8 @@ class MACBlock(Block):
             memory = memory.close_chunk()
             state = state._replace(memory=memory, recalled=memory.memory.weights, context=None, place=0)
         return self.gate(y, m), state
+
+
+def _at(rotary: tuple[Tensor, Tensor], tokens: slice) -> tuple[Tensor, Tensor]:
+    """The rotary table of some of its tokens."""
+    return rotary[0][..., tokens, :, :], rotary[1][..., tokens, :, :]

@@ -33,14 +33,15 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
     """Cosines and sines of the rotary angles (RoFormer, arXiv 2104.09864), halves convention of Llama.
 
     Args:
-        positions: int64 [t].
+        positions: int64 [t], or [b, t] where rows differ.
 
     Returns:
-        two fp32 [t, 1, d / 2]. Angles are formed in float64: at position 1e6 fp32 would be off by 0.06 radians.
+        two fp32 [t, 1, d / 2] or [b, t, 1, d / 2]. Angles are formed in float64: at position 1e6 fp32 would be off by 0.06
+        radians.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    angles = positions.to(torch.float64)[:, None] * theta**-exponents
-    return angles.cos().float()[:, None, :], angles.sin().float()[:, None, :]
+    angles = positions.to(torch.float64)[..., None] * theta**-exponents
+    return angles.cos().float()[..., None, :], angles.sin().float()[..., None, :]
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

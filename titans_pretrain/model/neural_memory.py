@@ -20,6 +20,7 @@ from titans_pretrain.memory import (
     initial_state,
     memory_read,
 )
+from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import CausalConv, RMSNorm
 from titans_pretrain.model.sequence import LocalSequence
 
@@ -33,10 +34,14 @@ def memory_options(config: ModelConfig) -> MemoryOptions:
     )
 
 
-def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """By which implementation the memory of a model trains on `device` with activations in `dtype`, in words."""
+def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool = False) -> str:
+    """By which implementation the memory of a model trains on `device` with activations in `dtype`, in words. `documents`:
+    several in a row."""
     depth, head_dim, hidden = config.memory_depth, config.memory_head_dim, config.memory_shapes[0][1]
-    return expected_path(device, dtype, depth, head_dim, hidden, memory_options(config))
+    # MAC begins a document between two scans.
+    inside = documents and config.variant != "mac"
+    resets = (config.num_persistent > 0, config.memory_forgetting) if inside else None
+    return expected_path(device, dtype, depth, head_dim, hidden, memory_options(config), resets)
 
 
 class MemoryLayerState(NamedTuple):
@@ -86,9 +91,11 @@ class NeuralMemory(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ inputs of the scan
 
-    def queries(self, x: Tensor, tail: Tensor | None, sequence: LocalSequence) -> tuple[Tensor, Tensor]:
+    def queries(
+        self, x: Tensor, tail: Tensor | None, sequence: LocalSequence, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail; `sequence` has the tokens before x."""
-        q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence)
+        q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence, documents)
         return self._unit(q), tail
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -109,10 +116,21 @@ class NeuralMemory(nn.Module):
         return logits.expand(*logits.shape[:-1], self.config.memory_depth)
 
     def _convolve(
-        self, x: Tensor, conv: CausalConv, tail: Tensor | None, sequence: LocalSequence
+        self,
+        x: Tensor,
+        conv: CausalConv,
+        tail: Tensor | None,
+        sequence: LocalSequence,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
-        extended = sequence.extend(x, tail, conv.halo)
-        return F.silu(conv(extended)).unflatten(-1, (-1, self.head_dim)), extended[:, extended.shape[1] - conv.halo :]
+        if documents is None:
+            extended = sequence.extend(x, tail, conv.halo)
+            y = conv(extended)
+        else:
+            pieces = sequence.extend_pieces(x, None if tail is None else tail[0], conv.halo, documents)
+            y = conv(pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2]).flatten(1, 2)[:, : x.shape[1]]
+            extended = pieces[:, -1, : conv.halo + (x.shape[1] - 1) % documents.grid + 1]
+        return F.silu(y).unflatten(-1, (-1, self.head_dim)), extended[:, extended.shape[1] - conv.halo :]
 
     def _unit(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -136,10 +154,23 @@ class NeuralMemory(nn.Module):
         q_tail, k_tail, v_tail = (x.expand(batch, -1, -1) for x in tails)
         return MemoryLayerState((q_tail, k_tail, v_tail), MemoryState(weights, momentum, weights, 0))
 
-    def forward(self, x: Tensor, state: MemoryLayerState | None = None) -> tuple[Tensor, MemoryLayerState]:
-        """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c]."""
-        read, state = self._scan(x, state, signals=self.collect_signals)
+    def forward(
+        self, x: Tensor, state: MemoryLayerState | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, MemoryLayerState]:
+        """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c].
+
+        With `documents` the rows of `state` are alike, and every document begins with it."""
+        read, state = self._scan(x, state, documents, signals=self.collect_signals)
         return self.leave(read, x), state
+
+    def begin_anew(self, state: MemoryLayerState, rows: Tensor) -> MemoryLayerState:
+        """`state`, at the start of a chunk, with the rows where `rows` [b] is true as before the first token."""
+        tails = tuple(tail.masked_fill(rows[:, None, None], 0.0) for tail in state.tails)
+        at = rows[:, None, None, None]
+        initial = self.initial_memory(len(rows))
+        weights = tuple(torch.where(at, w0, w) for w0, w in zip(initial.weights, state.memory.weights, strict=True))
+        momentum = tuple(s.masked_fill(at, 0.0) for s in state.memory.momentum)
+        return MemoryLayerState((tails[0], tails[1], tails[2]), MemoryState(weights, momentum, weights, 0))
 
     def recall(self, weights: tuple[Tensor, ...], queries: Tensor, x: Tensor) -> Tensor:
         """Read fixed weights [b, h, in, out] at queries [b, t, h, d] (MAC's first read; no update); x gates -> [b, t, c]."""
@@ -155,12 +186,16 @@ class NeuralMemory(nn.Module):
         return self.output(self.read_norm(read).flatten(-2) * F.silu(self.read_gate(x)))
 
     def _scan(
-        self, x: Tensor, state: MemoryLayerState | None, signals: bool = False
+        self,
+        x: Tensor,
+        state: MemoryLayerState | None,
+        documents: Documents | None = None,
+        signals: bool = False,
     ) -> tuple[Tensor, MemoryLayerState]:
         tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
-        q, query_tail = self.queries(x, tails[0], self.sequence)
-        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence)
-        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence)
+        q, query_tail = self.queries(x, tails[0], self.sequence, documents)
+        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
+        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
         log_gamma, log_eta, theta = self.gates(x)
         result = self.sequence.memory_scan(
             q,
@@ -174,6 +209,8 @@ class NeuralMemory(nn.Module):
             self.inner_norm_bias,
             None if state is None else state.memory,
             self.options,
+            document_starts=None if documents is None else documents.starts,
+            fresh=None if documents is None or state is None else state.memory.first_row(),
             return_signals=signals,
         )
         if signals:

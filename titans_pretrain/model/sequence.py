@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory import memory_scan
 from titans_pretrain.model.attention_scores import causal_attention, window_attention
+from titans_pretrain.model.documents import Documents, extend_pieces, find_documents
 
 
 class LocalSequence:
@@ -27,6 +29,10 @@ class LocalSequence:
         """Positions, int64 [length], of the tokens at hand, the first of the whole sequence being `start`."""
         return torch.arange(start, start + length, device=device)
 
+    def documents(self, starts: Tensor, config: ModelConfig, dtype: torch.dtype) -> Documents:
+        """See documents.find_documents."""
+        return find_documents(starts, config, dtype)
+
     def extend(self, x: Tensor, earlier: Tensor | None, length: int) -> Tensor:
         """x [b, t, ...] -> [b, length + t, ...]: the `length` tokens before x, `earlier` or zeros, in front of it."""
         if length == 0:
@@ -34,6 +40,10 @@ class LocalSequence:
         if earlier is None:
             earlier = x.new_zeros(x.shape[0], length, *x.shape[2:])
         return torch.cat((earlier, x), dim=1)
+
+    def extend_pieces(self, x: Tensor, earlier: Tensor | None, length: int, documents: Documents) -> Tensor:
+        """See documents.extend_pieces."""
+        return extend_pieces(x, earlier, length, documents)
 
     def window_attention(self, *args: Any, **kwargs: Any) -> Tensor:
         """See attention_scores.window_attention."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.baselines import TransformerBlock
 from titans_pretrain.model.blocks import Block, LMMBlock, MACBlock, MAGBlock, MALBlock
+from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import LanguageModelHead, RMSNorm, rotary_table
 from titans_pretrain.model.neural_memory import NeuralMemory
 from titans_pretrain.model.sequence import LocalSequence
@@ -35,9 +36,9 @@ def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
     return titans[config.variant](config, sequence)
 
 
-def run_block(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None = None) -> Tensor:
     """A block over whole sequences. The state is dropped here, inside what is compiled, so that no gradient of it is made."""
-    return block(x, rotary)[0]
+    return block(x, rotary, None, documents)[0]
 
 
 class Titans(nn.Module):
@@ -64,12 +65,30 @@ class Titans(nn.Module):
         self.activation_checkpointing = False
         self._run_block = run_block
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """tokens, labels int64 [b, t]; labels of -100 do not count -> the fp32 sum of the token losses, nats.
 
-        t is what the sequence seam says is here: with a distributed one this rank's slice of each sequence."""
+        t is what the sequence seam says is here: with a distributed one this rank's slice of each sequence.
+
+        document_starts: bool [b, t], true where a document begins, at multiples of config.document_grid; then every document
+            is computed as if it were alone at the beginning of a row. None: a row is one sequence.
+
+        Raises:
+            ValueError: document_starts do not fit the tokens or the grid.
+            UserError: there are some, and the rows are spread over ranks.
+        """
         x = self.embedding(tokens)
-        rotary = self._rotary(0, tokens)
+        documents = None
+        if document_starts is None:
+            rotary = self._rotary(0, tokens)
+        else:
+            if document_starts.dtype != torch.bool or document_starts.shape != tokens.shape:
+                raise ValueError(
+                    f"document_starts must be bool {list(tokens.shape)} as the tokens, not {document_starts.dtype} "
+                    f"{list(document_starts.shape)}"
+                )
+            documents = self.sequence.documents(document_starts, self.config, x.dtype)
+            rotary = rotary_table(documents.places, self.config.head_dim, self.config.rope_theta)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # determinism_check compares shapes, which ZeRO-3 changes when it releases gathered parameters
@@ -78,12 +97,13 @@ class Titans(nn.Module):
                     block,
                     x,
                     rotary,
+                    documents,
                     use_reentrant=False,
                     determinism_check="none",
                     context_fn=self.sequence.checkpoint_contexts,
                 )
             else:
-                x = self._run_block(block, x, rotary)
+                x = self._run_block(block, x, rotary, documents)
         return self.head(self.norm(x), labels)
 
     def compile_blocks(self, backend: str = "inductor") -> None:

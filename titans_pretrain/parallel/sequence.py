@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans_pretrain.config import ModelConfig
+from titans_pretrain.errors import UserError
 from titans_pretrain.memory import MemoryOptions, MemoryState
+from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.neural_memory import MemoryLayerState
 from titans_pretrain.model.sequence import LocalSequence
 from titans_pretrain.parallel.chunk_scan import scan_chunks_together
@@ -62,6 +65,11 @@ class ShardedSequence(LocalSequence):
         """See LocalSequence, as for all of these."""
         return super().positions(start + (0 if self._all_here else self._axis.rank * length), length, device)
 
+    def documents(self, starts: Tensor, config: ModelConfig, dtype: torch.dtype) -> Documents:
+        if not self._all_here:
+            raise UserError("documents that begin inside a row need the whole row on one rank: set parallel.sequence=1")
+        return super().documents(starts, config, dtype)
+
     def extend(self, x: Tensor, earlier: Tensor | None, length: int) -> Tensor:
         if self._all_here or length == 0:
             return super().extend(x, earlier, length)
@@ -73,18 +81,25 @@ class ShardedSequence(LocalSequence):
         return torch.cat((earlier[:, earlier.shape[1] - missing :], before, x), dim=1)
 
     def window_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int, prefix: tuple[Tensor, Tensor] | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        *,
+        masks: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         if not self._all_here and window > 1:
             k, v = (
                 torch.cat((before, x), dim=1)
                 for before, x in zip(halo(self._neighbours, (k, v), window - 1), (k, v), strict=True)
             )
-        return super().window_attention(q, k, v, window, prefix)
+        return super().window_attention(q, k, v, window, prefix, masks=masks)
 
-    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, *, masks: tuple[Tensor, ...] | None = None) -> Tensor:
         if self._all_here:
-            return super().causal_attention(q, k, v)
+            return super().causal_attention(q, k, v, masks=masks)
         return causal_attention_by_heads(self._axis, q, k, v)
 
     def memory_scan(
@@ -101,6 +116,8 @@ class ShardedSequence(LocalSequence):
         state: MemoryState | None,
         options: MemoryOptions,
         *,
+        document_starts: Tensor | None = None,
+        fresh: MemoryState | None = None,
         return_signals: bool = False,
     ) -> tuple[Any, ...]:
         """The state and the signals returned are this rank's part, whatever the strategy makes that: after its tokens, or
@@ -109,7 +126,9 @@ class ShardedSequence(LocalSequence):
             q, k, v, log_gamma, log_eta, theta, initial_weights, norm_weight, norm_bias, state, options
         )  # fmt: skip
         if self._all_here:
-            return super().memory_scan(*call, return_signals=return_signals)
+            return super().memory_scan(
+                *call, document_starts=document_starts, fresh=fresh, return_signals=return_signals
+            )
         return self._scan(self._neighbours, call, return_signals)
 
     def memory_before(self, start: MemoryLayerState) -> MemoryLayerState:

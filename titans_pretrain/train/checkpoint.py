@@ -25,7 +25,7 @@ from torch import Tensor
 
 from titans_pretrain.config import Config, config_to_dict
 from titans_pretrain.data.atomic import sha256_of, sync_directory
-from titans_pretrain.data.shards import ShardSet
+from titans_pretrain.data.mixture import Sources
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import Titans
 from titans_pretrain.parallel.grid import AgreedError, Grid
@@ -41,8 +41,6 @@ TOKENIZER = "tokenizer.model"
 LOGITS = "logits.safetensors"
 UNFINISHED = ".tmp"
 
-# What a resumed run must share with its checkpoint, or its losses would be another run's.
-MUST_MATCH = ("data.seq_len", "data.batch_tokens", "run.seed")
 SPEED_ONLY = ("compile",)
 """Keys of the model section that do not change what the model computes."""
 
@@ -54,7 +52,7 @@ class Progress:
     step: int = 0
     """Optimizer steps made."""
     position: int = 0
-    """Global index of the next training sequence."""
+    """Number of the next training sequence in the stream of data."""
     tokens: int = 0
     """Tokens trained on; the schedule is a function of it."""
 
@@ -63,11 +61,19 @@ class Progress:
 
 
 def save_checkpoint(
-    run_dir: Path, progress: Progress, engine: Engine, grid: Grid, config: Config, shards: ShardSet, prefix: Tensor
+    run_dir: Path,
+    progress: Progress,
+    engine: Engine,
+    grid: Grid,
+    config: Config,
+    sources: Sources,
+    data: Mapping[str, Any],
+    prefix: Tensor,
 ) -> Path:
     """Write checkpoints/step_N, then delete those beyond `checkpoint.keep_last`. Collective.
 
     Args:
+        data: what the sequences so far were a function of (course.py), plain data.
         prefix: int64 [1, n] validation tokens whose logits are stored beside the weights.
 
     Raises:
@@ -84,7 +90,7 @@ def save_checkpoint(
         try:
             if error is not None:
                 raise error
-            files |= _write_own_files(folder, grid, shards, prefix, logits)
+            files |= _write_own_files(folder, grid, sources, prefix, logits)
         except OSError as raised:
             error = raised
         grid.raise_agreed(None if error is None else UserError(_reason(error)))
@@ -93,7 +99,7 @@ def save_checkpoint(
             if grid.is_first:
                 merged = {name: entry for part in everyones for name, entry in part.items()}
                 try:
-                    _commit(folder, final, _manifest(progress, config, shards, grid, merged))
+                    _commit(folder, final, _manifest(progress, config, sources, data, grid, merged))
                 except OSError as raised:
                     raise UserError(_reason(raised)) from raised
     if grid.is_first:
@@ -138,27 +144,33 @@ def _reason(error: OSError) -> str:
 
 
 def _write_own_files(
-    folder: Path, grid: Grid, shards: ShardSet, prefix: Tensor, logits: Tensor
+    folder: Path, grid: Grid, sources: Sources, prefix: Tensor, logits: Tensor
 ) -> dict[str, dict[str, Any]]:
     name = f"rank_{grid.rank}.pt"
     files = {name: write_file(folder / name, lambda file: torch.save(_random_states(grid.device), file))}
     if grid.is_first:
         tensors = {"tokens": prefix.cpu().contiguous(), "logits": logits.float().cpu().contiguous()}
         files[LOGITS] = write_file(folder / LOGITS, lambda file: file.write(safetensors.torch.save(tensors)))
-        tokenizer = shards.tokenizer_path.read_bytes()
+        tokenizer = sources.tokenizer_path.read_bytes()
         files[TOKENIZER] = write_file(folder / TOKENIZER, lambda file: file.write(tokenizer))
     return files
 
 
 def _manifest(
-    progress: Progress, config: Config, shards: ShardSet, grid: Grid, files: Mapping[str, Mapping[str, Any]]
+    progress: Progress,
+    config: Config,
+    sources: Sources,
+    data: Mapping[str, Any],
+    grid: Grid,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **asdict(progress),
         "config": config_to_dict(config),
-        "dataset_fingerprint": shards.fingerprint,
-        "tokenizer_sha256": shards.tokenizer_sha256,
+        "data": data,
+        "dataset_fingerprint": sources.fingerprint,
+        "tokenizer_sha256": sources.tokenizer_sha256,
         "layout": _layout(config, grid),
         "files": dict(sorted(files.items())),
     }
@@ -303,36 +315,34 @@ def clear_remains(run_dir: Path, start_from: Path | None, say: Callable[[str], A
 # --------------------------------------------------------------------------------------------------------------- resuming
 
 
-def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, shards: ShardSet, grid: Grid) -> None:
-    """Refuse to continue another run.
+def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, sources: Sources, grid: Grid) -> None:
+    """Refuse to continue with another model, tokenizer or layout; course.py compares the data.
 
     Raises:
         UserError: naming the key and both values.
     """
-    saved, now = manifest["config"], config_to_dict(config)
-    names = [*MUST_MATCH, *(f"model.{key}" for key in now["model"] if key not in SPEED_ONLY)]
-    if manifest["tokenizer_sha256"] != shards.tokenizer_sha256:
+    saved, now = manifest["config"]["model"], config_to_dict(config)["model"]
+    if manifest["tokenizer_sha256"] != sources.tokenizer_sha256:
+        where = "data.sources" if config.data.sources else "data.path"
         raise UserError(
-            f"{checkpoint} was trained with tokenizer {manifest['tokenizer_sha256'][:12]}, but data.path {config.data.path} "
-            f"has tokenizer {shards.tokenizer_sha256[:12]} (SHA-256); set data.path back or start a new run.name"
+            f"{checkpoint} was trained with tokenizer {manifest['tokenizer_sha256'][:12]}, but {where} "
+            f"{sources.sources[0].shards.path} has tokenizer {sources.tokenizer_sha256[:12]} (SHA-256); set {where} back or "
+            "start a new run.name"
         )
-    for name in names:
-        section, key = name.split(".")
-        if saved[section].get(key) != now[section][key]:
+    for key, value in now.items():
+        if key not in SPEED_ONLY and saved.get(key) != value:
             raise UserError(
-                f"{checkpoint} was trained with {name}={saved[section].get(key)}, but the config says {now[section][key]}; "
+                f"{checkpoint} was trained with model.{key}={saved.get(key)}, but the config says {value}; "
                 "set it back or start a new run.name"
             )
-    if manifest["dataset_fingerprint"] != shards.fingerprint:
-        raise UserError(
-            f"{checkpoint} was trained on dataset {manifest['dataset_fingerprint'][:12]} ({saved['data']['path']}), but "
-            f"data.path {config.data.path} is dataset {shards.fingerprint[:12]}; set data.path back or start a new run.name"
-        )
     layout, here = manifest["layout"], _layout(config, grid)
-    if layout != here:
+    # Without ZeRO every replica has the whole state, so another number of them may share it.
+    free = ("world_size",) if here["zero_stage"] == 0 else ()
+    if any(layout[key] != value for key, value in here.items() if key not in free):
+        way_out = "; of the number of processes it is free with engine.zero_stage=0" if "world_size" not in free else ""
         raise UserError(
             f"{checkpoint} was saved by {_layout_text(layout)}, but this run has {_layout_text(here)}; resharding is not "
-            f"there yet: resume with {_layout_text(layout)}"
+            f"there yet: resume with {_layout_text(layout)}{way_out}"
         )
 
 
@@ -354,12 +364,14 @@ def changed_settings(manifest: Mapping[str, Any], config: Config) -> list[str]:
     ]
 
 
-def load_checkpoint(checkpoint: Path, manifest: Mapping[str, Any], engine: Engine, grid: Grid) -> Progress:
+def load_checkpoint(checkpoint: Path, manifest: Mapping[str, Any], engine: Engine, grid: Grid) -> None:
     """Restore weights, optimizer state and random states into a fresh engine. Collective; `check_fits` comes first."""
     engine.load(checkpoint)
-    states = torch.load(checkpoint / f"rank_{grid.rank}.pt", map_location="cpu", weights_only=False)
-    _restore_random_states(states, grid.device)
-    return Progress(step=manifest["step"], position=manifest["position"], tokens=manifest["tokens"])
+    if grid.rank < manifest["layout"]["world_size"]:
+        states = torch.load(checkpoint / f"rank_{grid.rank}.pt", map_location="cpu", weights_only=False)
+        _restore_random_states(states, grid.device)
+    else:  # a rank that did not exist: a state of its own, the same whenever this checkpoint is resumed so
+        torch.manual_seed(hash((manifest["config"]["run"]["seed"], manifest["step"], grid.rank)) % (1 << 63))
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import memory_strategy
+from titans_pretrain.layout import memory_strategy, micro_batch_rows
 from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
@@ -115,8 +115,8 @@ _PREFIX = "model."
 """What `_Root` puts before parameter names."""
 
 
-def _training_loss(model: Titans, tokens: Tensor, labels: Tensor) -> Tensor:
-    return model(tokens, labels)
+def _training_loss(model: Titans, *batch: Tensor | None) -> Tensor:
+    return model(*batch)
 
 
 class Engine:
@@ -153,7 +153,20 @@ class Engine:
         # It copies DeepSpeed's conversion scripts into every checkpoint, and on a full disk would raise on rank 0 alone.
         self._engine._copy_recovery_script = lambda save_path: None
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def begin_step(self, micro_batches: int) -> None:
+        """Before a step's first micro-batch: how many it has, where that may change (data.batch_ramp)."""
+        engine = self._engine
+        if micro_batches == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        # It takes every so manieth micro-batch since the start for a step's last, so the count starts anew.
+        engine.micro_steps = 0
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = micro_batches
+
+    def forward_backward(
+        self, tokens: Tensor, labels: Tensor, scale: float, document_starts: Tensor | None = None
+    ) -> Tensor:
         """Accumulate the gradient of `scale` times the sum of token losses.
 
         DeepSpeed averages gradients over data ranks, so for the mean over all tokens of a step `scale` is
@@ -161,15 +174,18 @@ class Engine:
 
         Args:
             tokens, labels: int64 [rows, seq_len], on any device.
+            document_starts: bool, as tokens; see Titans.forward.
 
         Returns:
             this rank's unscaled loss sum, fp32 scalar, detached.
         """
-        tokens = tokens.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        loss = self._engine(_training_loss, tokens, labels)
+        loss = self._engine(_training_loss, *self.at_hand(tokens, labels, document_starts))
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
+
+    def at_hand(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """`tensors` on this rank's device."""
+        return [None if x is None else x.to(self.device, non_blocking=True) for x in tensors]
 
     @property
     def at_last_micro_batch(self) -> bool:
@@ -254,7 +270,8 @@ class Engine:
         return self._checkpoint_engine.written, self._checkpoint_engine.error
 
     def load(self, folder: Path) -> None:
-        """Restore weights and optimizer state saved with the same world size, stage and precision. Collective."""
+        """Restore weights and optimizer state saved with the same stage and precision and, from stage 1 on, the same world
+        size: in stage 0 every rank reads the one copy of both. Collective."""
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, load_lr_scheduler_states=False)
         assert path is not None
@@ -298,11 +315,6 @@ def _size_bucket(zero: dict[str, Any], config: Config, grid: Grid, num_parameter
     else:
         # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model.
         zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))
-
-
-def micro_batch_rows(config: Config, data_size: int) -> int:
-    """Sequences per rank and forward pass."""
-    return config.data.micro_batch or config.batch_size // data_size
 
 
 def deepspeed_settings(config: Config, grid: Grid) -> dict[str, Any]:

@@ -13,21 +13,22 @@ import torch
 import titans_pretrain
 from titans_pretrain.config import Config, config_to_yaml
 from titans_pretrain.data.cache import Cache
+from titans_pretrain.data.damage import IGNORED
+from titans_pretrain.data.mixture import Sources, paths
 from titans_pretrain.data.shards import ShardSet
-from titans_pretrain.data.stream import BatchLoader, MicroBatch, TokenStream
+from titans_pretrain.data.stream import BatchLoader, MicroBatch
 from titans_pretrain.errors import UserError
-from titans_pretrain.layout import choose_layout, describe, memory_strategy
-from titans_pretrain.model import Titans, initialize
+from titans_pretrain.layout import choose_layout, describe, micro_batch_rows
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
+from titans_pretrain.parallel.build import build_model
 from titans_pretrain.parallel.grid import AgreedError, Grid
-from titans_pretrain.parallel.sequence import ShardedSequence
-from titans_pretrain.parallel.tensor import split_model
 from titans_pretrain.train import checkpoint as checkpoints
 from titans_pretrain.train.checkpoint import Progress
 from titans_pretrain.train.compiler import check_compiler
+from titans_pretrain.train.course import chart
 from titans_pretrain.train.drift import check_copies
-from titans_pretrain.train.engine import Engine, NotFiniteError, micro_batch_rows
+from titans_pretrain.train.engine import Engine, NotFiniteError
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
@@ -50,12 +51,11 @@ def train(config: Config, grid: Grid) -> Progress:
 
     # Data and run folder
     with grid.agreed():
-        shards = open_dataset(config)
-        config = resolve(config, shards)
+        sources = open_sources(config)
+        config = resolve(config, sources)
         if config.model.compile:
             check_compiler(grid.device)
-        stream = TokenStream(shards, "train", config.data.seq_len, seed=config.run.seed)
-        evaluation = Evaluation(config, shards, grid)
+        evaluation = Evaluation(config, sources, grid)
         make_run_dir(run_dir)
         report = Reporter(config, run_dir, grid)
     report.say(f"{grid.started_by}; device {grid.device}")
@@ -64,62 +64,70 @@ def train(config: Config, grid: Grid) -> Progress:
             start_from = checkpoints.choose_resume(run_dir, config.run.resume, report.say)
             manifest = checkpoints.read_manifest(start_from) if start_from else None
             if start_from and manifest:
-                checkpoints.check_fits(start_from, manifest, config, shards, grid)
+                checkpoints.check_fits(start_from, manifest, config, sources, grid)
+            chart(config, sources, start_from, manifest)
             checkpoints.clear_remains(run_dir, start_from, report.say)
             report.say(config_to_yaml(config))
             (run_dir / "config.yaml").write_text(config_to_yaml(config))
             (run_dir / "code.txt").write_text(code_text(Path(titans_pretrain.__file__).parent))
     start_from, manifest = grid.from_first((start_from, manifest) if grid.is_first else None)
+    with grid.agreed():
+        course = chart(config, sources, start_from, manifest)
 
     # Model and engine
-    sequence = ShardedSequence(grid.sequence, memory_strategy(config)) if grid.sequence.size > 1 else None
-    model = Titans(config.model, loss_chunk=config.engine.loss_chunk, sequence=sequence)
-    initialize(model, config.run.seed)
-    split_model(model, grid.tensor)
-    model.activation_checkpointing = config.engine.activation_checkpointing
+    model = build_model(config, grid, config.run.seed)
     if config.model.compile:
         model.compile_blocks()
     engine = Engine(config, model, grid)
-    rows = micro_batch_rows(config, layout.data)
     millions = parameter_counts(config.model)["total"] / 1e6
     report.say(
-        f"{config.model.variant} with {millions:.2f}M parameters; {describe(config, layout)}; {config.num_steps} steps of "
-        f"{config.data.batch_tokens:,} tokens = {layout.data} x {config.batch_size // layout.data // rows} "
-        f"micro-batches x {rows} sequences x {config.data.seq_len}; ZeRO stage {config.engine.zero_stage}, "
-        f"{config.engine.precision}; {shards.num_tokens('train'):,} training tokens in the data"
+        f"{config.model.variant} with {millions:.2f}M parameters; {describe(config, layout)}; "
+        f"{course.steps.num_steps} steps of {describe_batches(config, layout.data)}; ZeRO stage {config.engine.zero_stage}, "
+        f"{config.engine.precision}; {sources.num_tokens('train'):,} training tokens in the data"
     )
+    for source, stream in zip(sources.sources, course.mixture.streams, strict=True):
+        if sources.several:
+            sequences = f"{stream.num_sequences:,} sequences an epoch"
+            report.say(f"source {source.name}: weight {source.weight:g}, {sequences}, {source.shards.path}")
+    if evaluation.without:
+        report.say(f"no part in the validation loss, having no validation split: {', '.join(evaluation.without)}")
     if config.model.has_memory:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        report.say(f"memory operator: {describe_path(config.model, grid.device, dtype)}")
+        report.say(
+            f"memory operator: {describe_path(config.model, grid.device, dtype, config.data.reset_at_documents)}"
+        )
 
     # Resume
-    progress = Progress()
+    progress = course.start
     last_saved = start_from
     if start_from is not None:
-        progress = checkpoints.load_checkpoint(start_from, manifest, engine, grid)
+        checkpoints.load_checkpoint(start_from, manifest, engine, grid)
         report.say(f"resumed from {start_from} at step {progress.step}, sequence {progress.position}")
+        for change in course.changes:
+            report.say(f"a new phase begins at step {progress.step}: {change}")
         for change in checkpoints.changed_settings(manifest, config):
             report.say(f"changed since that checkpoint: {change}")
-    report.start(progress, flops_per_token(config.model, config.data.seq_len))
+    report.start(progress, flops_per_token(config.model, config.data.seq_len), course.steps.num_steps)
     if progress.step == 0:
         report.evaluation(progress, evaluation.run(engine))
 
     loader = BatchLoader(
-        stream,
-        batch_size=config.batch_size,
-        micro_batch=rows,
+        course.mixture,
+        batch_size=course.sizes(),
+        micro_batch=config.data.micro_batch,
         data_rank=grid.data.rank,
         data_size=grid.data.size,
         sequence_rank=grid.sequence.rank,
         sequence_size=grid.sequence.size,
         start=progress.position,
         prefetch=config.data.prefetch,
+        document_starts=config.data.reset_at_documents,
         skip_bad=config.data.on_bad == "skip",
     )
     masked = MaskedRows(config.data.max_bad)
     first_step = progress.step
     try:
-        while progress.step < config.num_steps:
+        while progress.step < course.steps.num_steps:
             started = time.perf_counter()
 
             # Read one optimizer step of this rank; the loss is divided by the valid tokens of all ranks.
@@ -129,29 +137,30 @@ def train(config: Config, grid: Grid) -> Progress:
                 batch = next(loader)
             except UserError as error:
                 failure = error
-            valid = sum(int((labels != -100).sum()) for _, labels in batch)
-            counted = grid.gather_numbers([valid, failure is not None, len(loader.bad)])
+            counted = grid.gather_numbers([count_valid(batch), failure is not None, len(loader.bad)])
             if counted[:, 1].any():
                 grid.raise_agreed(failure)
             if counted[:, 2].any():
                 for line in masked.agree(batch, loader.bad, grid, progress.step + 1):
                     report.say(line)
-                counted = grid.gather_numbers([sum(int((labels != -100).sum()) for _, labels in batch)])
+                counted = grid.gather_numbers([count_valid(batch)])
             num_valid = float(grid.distinct(counted)[:, 0].sum())
             if not num_valid:
                 masked.stop_empty(progress.step + 1)
             scale = grid.replica.size / num_valid
-            next_progress = Progress(progress.step + 1, loader.position, progress.tokens + config.data.batch_tokens)
+            next_progress = course.next(progress)
+            assert next_progress.position == loader.position
             rate = learning_rate(next_progress.tokens, config.schedule, config.optimizer)
 
             # Forward and backward
             wants_signals = next_progress.step % config.log.interval == 0
             local_loss = 0.0
-            for index, (tokens, labels) in enumerate(batch):
+            engine.begin_step(len(batch))
+            for index, (tokens, labels, document_starts) in enumerate(batch):
                 if index:
                     engine.end_micro_batch()
                 model.set_signals(wants_signals and index == len(batch) - 1)
-                local_loss += float(engine.forward_backward(tokens, labels, scale))
+                local_loss += float(engine.forward_backward(tokens, labels, scale, document_starts))
             signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
             shared = grid.gather_numbers([local_loss, memory_in_use(grid.device), *signals.values()])
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
@@ -166,33 +175,43 @@ def train(config: Config, grid: Grid) -> Progress:
             except NotFiniteError as error:
                 cause = describe_failure(engine, batch, scale, grid)
                 stop_not_finite("gradient norm", error.norm, next_progress.step, cause, last_saved)
+            batch_tokens = next_progress.tokens - progress.tokens
             progress = next_progress
             if every(config.parallel.check_interval, progress.step):
                 check_copies(engine, grid, progress.step, last_saved)
             report.step(
                 progress,
+                batch_tokens=batch_tokens,
                 loss=loss,
                 grad_norm=norm,
                 learning_rate=rate,
                 seconds=time.perf_counter() - started,
                 memory_bytes=float(shared[:, 1].max()),
                 signals=dict(zip(signals, shared[:, 2:].mean(0).tolist(), strict=True))
+                | (course.mixture.served(progress.position) if wants_signals else {})
                 | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
             )
 
             # Evaluate and save
-            stopping = progress.step == config.num_steps or progress.step - first_step == config.run.stop_after
-            if progress.step == config.num_steps or every(config.eval.interval, progress.step):
+            stopping = progress.step == course.steps.num_steps or progress.step - first_step == config.run.stop_after
+            if progress.step == course.steps.num_steps or every(config.eval.interval, progress.step):
                 model.set_signals(False)
                 report.evaluation(progress, evaluation.run(engine))
             if stopping or every(config.checkpoint.interval, progress.step):
                 last_saved = checkpoints.save_checkpoint(
-                    run_dir, progress, engine, grid, config, shards, evaluation.prefix
+                    run_dir,
+                    progress,
+                    engine,
+                    grid,
+                    config,
+                    sources,
+                    course.identity(progress.position),
+                    evaluation.prefix,
                 )
                 report.say(f"saved {last_saved}")
             if stopping:
                 break
-        report.summary(progress, shards.unigram_entropy, last_saved)
+        report.summary(progress, sources.unigram_entropy, last_saved)
         if masked.total:
             report.say(masked.summary())
     except AgreedError as error:
@@ -209,22 +228,64 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def open_dataset(config: Config) -> ShardSet:
-    """The dataset at data.path."""
-    if not config.data.path:
-        raise UserError("data.path is empty: set it to a folder written by tokenizer/build_shards.py")
-    return ShardSet.open(config.data.path, Cache.of(config.data), skip_bad=config.data.on_bad == "skip")
+def open_sources(config: Config) -> Sources:
+    """The datasets of data.path or data.sources."""
+    cache, skip_bad = Cache.of(config.data), config.data.on_bad == "skip"
+    return Sources.of(config.data, [ShardSet.open(path, cache, skip_bad=skip_bad) for path in paths(config.data)])
 
 
-def resolve(config: Config, shards: ShardSet) -> Config:
-    """`config` with model.vocab_size taken from the data where it is 0."""
-    vocab_size = config.model.vocab_size or shards.vocab_size
-    if vocab_size < shards.vocab_size:
+def count_valid(batch: list[MicroBatch]) -> int:
+    """Labels that count."""
+    return sum(int((micro_batch.labels != IGNORED).sum()) for micro_batch in batch)
+
+
+def resolve(config: Config, sources: Sources) -> Config:
+    """`config` with model.vocab_size taken from the data where it is 0, once it fits the data."""
+    for source in sources.sources:
+        check_documents(config, source.shards)
+    vocab_size = config.model.vocab_size or sources.vocab_size
+    if vocab_size < sources.vocab_size:
         raise UserError(
-            f"model.vocab_size ({vocab_size}) is below the {shards.vocab_size} tokens of the dataset's tokenizer; "
+            f"model.vocab_size ({vocab_size}) is below the {sources.vocab_size} tokens of the dataset's tokenizer; "
             "set model.vocab_size=0 to take it from the data"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def check_documents(config: Config, shards: ShardSet) -> None:
+    """Refuse data.reset_at_documents where the dataset's documents do not begin where the model can begin anew.
+
+    Raises:
+        UserError: names the keys, and how to build the dataset.
+    """
+    if not config.data.reset_at_documents:
+        return
+    grid, key = config.model.document_grid, config.model.document_grid_key
+    packing = shards.manifest.options.get("packing", {"kind": "concat"})
+    rebuild = f"build the dataset with --packing bestfit --seq-len {config.data.seq_len} --align {grid}"
+    if packing["kind"] != "bestfit":
+        raise UserError(
+            f"data.reset_at_documents=true needs whole documents in rows, but {shards.path} has packing {packing['kind']}; "
+            f"{rebuild}, or set data.reset_at_documents=false"
+        )
+    if packing["align"] % grid:
+        raise UserError(
+            f"data.reset_at_documents=true needs documents that begin at multiples of {key} ({grid}), but those of "
+            f"{shards.path} begin at multiples of {packing['align']}; {rebuild}, or set {key} to a divisor of "
+            f"{packing['align']}"
+        )
+
+
+def describe_batches(config: Config, data_size: int) -> str:
+    """What a step is made of, for the log."""
+    rows = micro_batch_rows(config, data_size)
+    text = (
+        f"{config.data.batch_tokens:,} tokens = {data_size} x {config.batch_size // data_size // rows} micro-batches x "
+        f"{rows} sequences x {config.data.seq_len}"
+    )
+    for change in config.data.batch_ramp:
+        text += f", of {change.batch_tokens:,} tokens after {change.tokens:,}"
+    return text
 
 
 def make_run_dir(run_dir: Path) -> None:

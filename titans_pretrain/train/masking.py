@@ -46,12 +46,15 @@ class MaskedRows:
         for rank, found in enumerate(grid.gather_objects(list(bad))):
             for row in found:
                 rows.setdefault((rank // peers, row.row), row)
-        labels = [line for _, part in batch for line in part]
-        tokens = [line for part, _ in batch for line in part]
+        tokens, labels, starts = (
+            [line for field in fields if field is not None for line in field] for fields in zip(*batch, strict=True)
+        )
         for data_rank, number in rows:
             if data_rank == grid.data.rank:
                 tokens[number].zero_()
                 labels[number].fill_(IGNORED)
+                if starts:
+                    starts[number].zero_()
 
         here = Counter(row.shard for row in rows.values())
         sentences = {row.shard: row.sentence for row in reversed(list(rows.values()))}

@@ -1,8 +1,9 @@
 """What does the user see of a run: console lines, metrics.jsonl, TensorBoard files, and what code it was.
 
 metrics.jsonl holds one object per optimizer step (step, tokens, loss, perplexity, grad_norm, lr, tokens_per_second,
-tflops, mfu, memory_bytes, seconds; the memory's signals at log intervals) and one per evaluation (step, tokens,
-valid_loss, valid_perplexity, ...). Losses are nats per token, over all ranks; memory is the largest rank's.
+tflops, mfu, memory_bytes, seconds; at log intervals the memory's signals and, of a mixture, tokens/NAME and epochs/NAME
+that each source has served since its stream began) and one per evaluation (step, tokens, valid_loss, valid_perplexity, and
+of a mixture valid_loss/NAME, ...). Losses are nats per token, over all ranks; memory is the largest rank's.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Reporter:
         self._bar: tqdm | None = None
         self.flops_per_token = 0.0
         self.peak_flops = 0.0
+        self.num_steps = config.num_steps
 
     def say(self, text: str) -> None:
         """A line in this rank's log, and on the console for rank 0."""
@@ -82,12 +84,13 @@ class Reporter:
         for line in text.splitlines():
             self._log.write(stamp + line + "\n")
 
-    def start(self, progress: Progress, flops_per_token: float) -> None:
+    def start(self, progress: Progress, flops_per_token: float, num_steps: int) -> None:
         """Open the metrics where the run starts or continues, cutting off what an earlier life wrote after that; look up
         or measure the peak. Collective."""
         self.flops_per_token = flops_per_token
+        self.num_steps = num_steps
         self.peak_flops = peak_flops(self.config, self.grid)
-        self._window = (time.perf_counter(), progress.step)
+        self._window = (time.perf_counter(), progress.tokens)
         self._first_step, self._started = progress.step, time.perf_counter()
         if not self.grid.is_first:
             return
@@ -99,12 +102,13 @@ class Reporter:
 
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=progress.step + 1, max_queue=100)
         if sys.stdout.isatty():
-            self._bar = tqdm(total=self.config.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=self.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
 
     def step(
         self,
         progress: Progress,
         *,
+        batch_tokens: int,
         loss: float,
         grad_norm: float,
         learning_rate: float,
@@ -115,7 +119,7 @@ class Reporter:
         """One optimizer step. Only rank 0 writes."""
         if self._metrics is None:
             return
-        rate = self.config.data.batch_tokens / seconds
+        rate = batch_tokens / seconds
         flops = rate * self.flops_per_token
         row = {
             "step": progress.step,
@@ -134,17 +138,16 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(f"loss {loss:.4f}")
-        if progress.step % self.config.log.interval == 0 or progress.step in (1, self.config.num_steps):
+        if progress.step % self.config.log.interval == 0 or progress.step in (1, self.num_steps):
             self._line(row)
 
     def _line(self, row: Mapping[str, Any]) -> None:
         now = time.perf_counter()
-        total = self.config.num_steps
+        total = self.num_steps
         per_step = (now - self._started) / (row["step"] - self._first_step)
         # Over the steps since the last line, evaluation and saving included: what the user will wait for.
-        seconds, steps = now - self._window[0], row["step"] - self._window[1]
-        self._window = (now, row["step"])
-        rate = steps * self.config.data.batch_tokens / seconds
+        rate = (row["tokens"] - self._window[1]) / (now - self._window[0])
+        self._window = (now, row["tokens"])
         flops = rate * self.flops_per_token
         self.say(
             f"step {row['step']:>{len(str(total))}}/{total} | {row['tokens'] / 1e6:.2f}M tokens | loss {row['loss']:.4f} | "
@@ -155,7 +158,7 @@ class Reporter:
 
     def evaluation(self, progress: Progress, losses: Mapping[str, float]) -> None:
         """Validation losses, named as evaluate.py names them. Only rank 0 writes."""
-        perplexities = {name.replace("loss", "perplexity"): perplexity(loss) for name, loss in losses.items()}
+        perplexities = {name.replace("loss", "perplexity", 1): perplexity(loss) for name, loss in losses.items()}
         if self._metrics is not None:
             self._write({"step": progress.step, "tokens": progress.tokens, **losses, **perplexities})
         parts = [f"{name} {loss:.4f} (perplexity {perplexity(loss):,.2f})" for name, loss in losses.items()]
@@ -165,7 +168,7 @@ class Reporter:
         """The last lines of a run."""
         if self._metrics is None:
             return
-        total = self.config.num_steps
+        total = self.num_steps
         lines = [f"{'finished' if progress.step >= total else 'stopped as asked'} at step {progress.step} of {total}"]
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
         evaluations = [row for row in rows if any(name.startswith("valid_loss") for name in row)]
@@ -176,14 +179,15 @@ class Reporter:
                 fall = (
                     f", from {first[name]:.4f} at step {first['step']}" if last is not first and name in first else ""
                 )
+                yardstick = "" if "/" in name else f"; unigram entropy of the data {unigram_entropy:.4f}"
                 lines.append(
                     f"{name} {last[name]:.4f} nats per token at step {last['step']}{fall}; "
-                    f"perplexity {perplexity(last[name]):,.2f}; unigram entropy of the data {unigram_entropy:.4f}"
+                    f"perplexity {perplexity(last[name]):,.2f}{yardstick}"
                 )
         if steps:
             seconds = sum(row["seconds"] for row in steps)
             lines.append(
-                f"{len(steps) * self.config.data.batch_tokens / seconds:,.0f} tokens/s in training steps, "
+                f"{sum(row['tokens_per_second'] * row['seconds'] for row in steps) / seconds:,.0f} tokens/s in training steps, "
                 f"MFU {100 * sum(row['mfu'] * row['seconds'] for row in steps) / seconds:.1f} %"
             )
         lines.append(f"metrics: {self.run_dir / 'metrics.jsonl'}")
@@ -216,15 +220,13 @@ class Reporter:
 
 
 def _board_name(name: str) -> str:
+    if name.startswith(("tokens/", "epochs/")):
+        return f"data/{name.replace('/', '_of_', 1)}"
+    if name.startswith("valid"):
+        return "valid/" + name.replace("/", "_of_", 1)
     if "/" in name:
         return "memory/" + name
-    group = (
-        "valid"
-        if name.startswith("valid")
-        else "speed"
-        if name in ("tokens_per_second", "tflops", "mfu", "seconds")
-        else "train"
-    )
+    group = "speed" if name in ("tokens_per_second", "tflops", "mfu", "seconds") else "train"
     return f"{group}/{name}"
 
 

@@ -53,7 +53,7 @@ def _earliest(places: Sequence[Place | None]) -> str | None:
 
 def _forward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place | None:
     found: Place | None = None
-    for index, (tokens, labels) in enumerate(batch):
+    for index, micro_batch in enumerate(batch):
         bad: list[str] = []
         order = [0]
 
@@ -65,7 +65,7 @@ def _forward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place
 
         with _hooks(engine.model, look):
             # Under ZeRO-3 every rank must run every micro-batch, also after it has found its layer.
-            engine.evaluate(_loss, tokens.to(engine.device), labels.to(engine.device))
+            engine.evaluate(_loss, *engine.at_hand(*micro_batch))
         if bad and found is None:
             found = (index, order[0], f"the output of {bad[0]} is the first that is not finite")
     return found
@@ -73,10 +73,10 @@ def _forward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place
 
 def _backward(engine: Engine, batch: Sequence[MicroBatch], scale: float) -> Place | None:
     found: Place | None = None
-    for index, (tokens, labels) in enumerate(batch):
+    for index, (tokens, labels, document_starts) in enumerate(batch):
         probe = _GradientProbe()
         with _hooks(engine.model, probe.watch_output, probe.watch_inputs), probe.watch_parameters(engine.model):
-            engine.forward_backward(tokens, labels, scale)
+            engine.forward_backward(tokens, labels, scale, document_starts)
         if probe.first_bad is not None and found is None:
             found = (
                 index,
@@ -151,8 +151,8 @@ def _hooks(model: nn.Module, after: Any, before: Any = None) -> Iterator[None]:
             handle.remove()
 
 
-def _loss(model: Titans, tokens: Tensor, labels: Tensor) -> Tensor:
-    return model(tokens, labels)
+def _loss(model: Titans, *batch: Tensor | None) -> Tensor:
+    return model(*batch)
 
 
 def _finite(tensor: Tensor) -> bool:

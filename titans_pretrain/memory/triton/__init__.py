@@ -29,9 +29,9 @@ def why_not(inputs: ScanInputs, offset: int, options: MemoryOptions) -> str | No
         return f"keeps its state in float32, but is asked for {_name(inputs.theta.dtype)}"
     if offset:
         return f"starts at the start of a chunk, not {offset} tokens into one"
-    if inputs.document_starts is not None and inputs.log_gamma is not None and options.forget_toward == "zero":
-        return "resets the memory at document starts only with forget_toward 'init'"
-    return None
+    if inputs.document_starts is None:
+        return None
+    return why_not_resets(bool(inputs.fresh_weights), inputs.log_gamma is not None, options)
 
 
 def why_not_model(
@@ -46,6 +46,11 @@ def why_not_model(
         return f"runs on a CUDA device, not on {device.type}"
     if dtype != torch.bfloat16 and not (interpreted and dtype in OPERAND_DTYPES):
         return f"multiplies in bfloat16, but q is {_name(dtype)}"
+    return why_not_shapes(depth, head_dim, hidden, options)
+
+
+def why_not_shapes(depth: int, head_dim: int, hidden: int, options: MemoryOptions) -> str | None:
+    """The part of it that is the same on every machine."""
     if depth != 2:
         return f"takes memories of 2 layers, not {depth}"
     if head_dim > MAX_HEAD_DIM:
@@ -56,6 +61,18 @@ def why_not_model(
     chunk = options.chunk_size
     if chunk not in TILE_CHUNKS and (chunk % TILE or chunk > MAX_CHUNK):
         return f"takes chunks of {', '.join(map(str, TILE_CHUNKS))} or a multiple of {TILE} to {MAX_CHUNK}, not {chunk}"
+    return None
+
+
+def why_not_resets(fresh: bool, forgetting: bool, options: MemoryOptions) -> str | None:
+    """Why the kernels cannot begin documents inside a row. `fresh`: with a state of their own, such as that after persistent
+    tokens: the kernels begin one by a factor of 0, which gives the initial weights."""
+    if fresh:
+        return (
+            "resets the memory at document starts only to its initial weights, not to the state after persistent tokens"
+        )
+    if forgetting and options.forget_toward == "zero":
+        return "resets the memory at document starts only with forget_toward 'init'"
     return None
 
 

@@ -26,6 +26,7 @@ from titans_pretrain.memory.triton.parts import (
     dot,
     first_layer,
     gate_offsets,
+    halves,
     load_gates,
     narrow,
     normalize,
@@ -190,11 +191,11 @@ def read_backward_2(
         tl.store(norm_grad + entry * (2 * D) + d, tl.sum(d_o * normalized, 0))
         tl.store(norm_grad + entry * (2 * D) + D + d, tl.sum(d_o, 0))
         d_o = through_norm(d_o * g, normalized, inverse_std, D, HEAD_DIM)
-    d_ob = narrow(d_o, OPERAND)
+    d_ob, d_o_low = halves(d_o, OPERAND)
     tl.store(output_grad + per_token, d_ob)
     tl.store(slope_part + per_token, -dot(tl.trans(reached), d_ob, once))
-    through = dot(d_ob, tl.trans(d2b), once)
-    tl.store(reach_grad + entry * (2 * TILE * TILE) + TILE * TILE + square, narrow(-through * overlap, OPERAND))
+    through = dot(d_ob, tl.trans(d2b), once) + dot(d_o_low, tl.trans(d2b), once)
+    tl.store(reach_grad + entry * (2 * TILE * TILE) + TILE * TILE + square, -through * overlap)
     through_b = narrow(reach2 * through, OPERAND)
     d_beta, d_f = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     for j in range(slices):
@@ -214,7 +215,8 @@ def read_backward_2(
         tl.store(query_hidden_grad + hidden, narrow(d_z * bend, OPERAND))
         change = update + at_slice(n, local, j, tiles, SLICES, 4, SIZE)
         zb_t = tl.trans(zb)
-        tl.store(change + SIZE + o2, narrow(dot(zb_t, narrow(beta2 * d_o, OPERAND), once), OPERAND))
+        high, low = halves(beta2 * d_o, OPERAND)
+        tl.store(change + SIZE + o2, narrow(dot(zb_t, high, once) + dot(zb_t, low, once), OPERAND))
         tl.store(change + 3 * SIZE + o2, narrow(dot(zb_t, narrow(f2 * d_o, OPERAND), once), OPERAND))
     row = rows_grad + entry * (8 * TILE) + i
     tl.store(row + 4 * TILE, d_beta)
@@ -272,7 +274,7 @@ def read_backward_1(
         tl.store(change + 2 * SIZE + o1, narrow(dot(queries_t, narrow(f1 * wide, OPERAND), once), OPERAND))
 
     square = i[:, None] * TILE + i[None, :]
-    tl.store(reach_grad + entry * (2 * TILE * TILE) + square, narrow(-onto_keys * scores, OPERAND))
+    tl.store(reach_grad + entry * (2 * TILE * TILE) + square, -onto_keys * scores)
     onto_keys = narrow(reach1 * onto_keys, OPERAND)
     d_q -= dot(onto_keys, keys, once)
     if NORM:

@@ -10,6 +10,7 @@ from titans_pretrain.memory.triton.parts import (
     dot,
     gate_offsets,
     gate_products,
+    halves,
     load_gates,
     narrow,
     reach,
@@ -72,11 +73,13 @@ def gates_backward(
     d_P += tl.where(last[:, None], d_p[None, :], 0.0)
 
     c = dot(narrow(G, OPERAND), narrow(E, OPERAND), 1)
-    d_c = narrow(d_P * th[None, :], OPERAND)
+    d_c, d_c_low = halves(d_P * th[None, :], OPERAND)
     d_theta = tl.sum(d_P * c, 0) + d_r * tl.sum(tl.where(last[:, None], E, 0.0), 0)
     tl.store(theta_grad + offsets + layer, d_theta, mask=valid)
     if FORGET:
-        flow = tl.where(causal, dot(d_c, narrow(tl.trans(E), OPERAND), 1) + d_f[:, None] * m[None, :], 0.0) * G
+        e_t = narrow(tl.trans(E), OPERAND)
+        flow = dot(d_c, e_t, 1) + dot(d_c_low, e_t, 1) + d_f[:, None] * m[None, :]
+        flow = tl.where(causal, flow, 0.0) * G
         each = tl.sum(flow, 1) - tl.sum(flow, 0) + d_beta * beta
         d_lg = tl.sum(tl.where(causal, each[:, None], 0.0), 0)
         clamped = tl.load(log_gamma + offsets + layer, mask=valid, other=0.0) < MIN_LOG_GATE

@@ -130,7 +130,7 @@ def backward(
                 call.q.new_empty(s.pairs, tiles, s.tile, s.width) for _ in range(4)
             )
             norm_rows = call.floats(s.pairs, tiles, 2, s.tile)
-            reach_grad = call.q.new_empty(s.pairs, tiles, 2, s.tile, s.tile)
+            reach_grad = call.floats(s.pairs, tiles, 2, s.tile, s.tile)
             rows_grad, ends_grad = call.floats(s.pairs, tiles, 2, 4, s.tile), call.floats(s.pairs, tiles, 2, 4)
             read_norm_grad, inner_norm_grad = (
                 call.floats(s.pairs, tiles if call.norm else 0, 2, s.width) for _ in range(2)

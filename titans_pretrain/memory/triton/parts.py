@@ -33,6 +33,13 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def halves(x, DTYPE: tl.constexpr):
+    """x as a sum of two numbers in DTYPE: 16 bits of mantissa where bf16 has 8."""
+    high = narrow(x, DTYPE)
+    return high, narrow(x - high.to(tl.float32), DTYPE)
+
+
+@triton.jit
 def dot(a, b, once):
     """a @ b with fp32 sums; both must already be of the operand type.
 

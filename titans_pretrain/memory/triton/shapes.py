@@ -125,10 +125,16 @@ class Shapes:
 
     def ranges(self, backward: bool) -> Iterator[tuple[int, int]]:
         """(first tile, tiles) of runs that begin at a checkpoint and whose scratch arrays fit SCRATCH_BYTES, in order."""
-        matrix = self.width * self.hidden * self.operand_bytes
-        rows = self.tile * self.hidden * self.operand_bytes
-        bytes_per_tile = self.pairs * (8 * matrix + 8 * rows if backward else 4 * matrix)
         step = self.checkpoint_every
-        step *= max(1, math.floor(SCRATCH_BYTES / bytes_per_tile / step))
+        step *= max(1, math.floor(SCRATCH_BYTES / self._bytes_per_tile(backward) / step))
         for first in range(0, self.tiles, step):
             yield first, min(step, self.tiles - first)
+
+    def scratch_bytes(self, backward: bool) -> int:
+        """What the scratch arrays of the largest range take; smaller arrays are left out."""
+        return self._bytes_per_tile(backward) * max(tiles for _, tiles in self.ranges(backward))
+
+    def _bytes_per_tile(self, backward: bool) -> int:
+        matrix = self.width * self.hidden * self.operand_bytes
+        rows = self.tile * self.hidden * self.operand_bytes
+        return self.pairs * (8 * matrix + 8 * rows if backward else 4 * matrix)
