@@ -203,6 +203,8 @@ def _rank_main(job: dict[str, Any], rank: int, port: int, pipe: int, output: Pat
     with os.fdopen(pipe, "wb") as stream:
         stream.write(pickle.dumps(answer))
     sys.stdout.flush()
+    while answer[0]:  # until the server ends all: one that leaves early cuts off ranks that are still connecting to it
+        signal.pause()
     os._exit(0)  # no exit handlers of the server; process groups may be in any state
 
 
