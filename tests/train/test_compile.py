@@ -12,9 +12,8 @@ from tests.distributed import run_distributed
 from tests.train.jobs import traced_train_job
 from tests.train.tiny import SEQ_LEN, losses, read_metrics, tiny_config, tiny_tree
 from titans_pretrain.errors import UserError
-from titans_pretrain.train.checkpoint import find_checkpoints
+from titans_pretrain.train.checkpoint import find_checkpoints, full_fp32_weights
 from titans_pretrain.train.compiler import check_compiler
-from titans_pretrain.train.engine import consolidated_weights
 
 
 def test_a_compiled_run_equals_a_plain_one_and_resumes_as_one(dataset: Path, tmp_path: Path) -> None:
@@ -45,7 +44,7 @@ def test_a_compiled_run_equals_a_plain_one_and_resumes_as_one(dataset: Path, tmp
     assert signals[0] == pytest.approx(signals[1], rel=1e-4)
     assert signals[0]
     found, expected = (
-        consolidated_weights(find_checkpoints(tmp_path / name)[0], stage=1) for name in ("compiled", "plain")
+        full_fp32_weights(find_checkpoints(tmp_path / name)[0]) for name in ("compiled", "plain")
     )
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)

@@ -134,10 +134,3 @@ def test_a_new_phase_reads_new_data_from_its_beginning_and_goes_on_in_it(folders
     last = read_metrics(tmp_path / "a")[-2]
     assert last["tokens"] == 8 * BATCH
     assert last["tokens/code"] + last["tokens/books"] == 5 * BATCH
-
-
-def test_zero_stages_still_want_their_number_of_processes(folders: list[Path], tmp_path: Path) -> None:
-    assert run_distributed(train_job, 1, tree_of(folders, tmp_path, "run", run__stop_after=1)) == [None]
-    (sentence, _) = run_distributed(train_job, 2, tree_of(folders, tmp_path, "run"))
-    for text in ("saved by 1 process,", "2 processes", "resharding is not there yet", "free with engine.zero_stage=0"):
-        assert text in sentence

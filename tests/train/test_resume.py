@@ -121,8 +121,6 @@ def refusable(data: Path, runs: Path, **overrides: Any) -> dict[str, Any]:
         ({"run__seed": 7}, ["run.seed=0", "7"]),
         ({"model__hidden_dim": 128}, ["model.hidden_dim=64", "128"]),
         ({"model__vocab_size": 64}, ["model.vocab_size=61", "64"]),
-        ({"engine__zero_stage": 3}, ["engine.zero_stage=1", "engine.zero_stage=3", "resharding is not there yet"]),
-        ({"engine__precision": "bf16"}, ["engine.precision=fp32", "engine.precision=bf16"]),
         ({"run__resume": "never"}, ["run.resume is never", "step_00000003", "run.name"]),
         ({"run__resume": "/nowhere/step_00000001"}, ["run.resume=/nowhere/step_00000001", "no such folder"]),
     ],

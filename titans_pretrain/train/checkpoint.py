@@ -29,8 +29,8 @@ from titans_pretrain.data.mixture import Sources
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import Titans
 from titans_pretrain.parallel.grid import AgreedError, Grid
-from titans_pretrain.parallel.split_table import whole_of
 from titans_pretrain.train.durable import write_file
+from titans_pretrain.train.saved_state import SavedState
 
 if TYPE_CHECKING:  # reading a checkpoint's manifest must not import DeepSpeed
     from titans_pretrain.train.engine import Engine
@@ -315,8 +315,8 @@ def clear_remains(run_dir: Path, start_from: Path | None, say: Callable[[str], A
 # --------------------------------------------------------------------------------------------------------------- resuming
 
 
-def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, sources: Sources, grid: Grid) -> None:
-    """Refuse to continue with another model, tokenizer or layout; course.py compares the data.
+def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, sources: Sources) -> None:
+    """Refuse to continue with another model or tokenizer; course.py compares the data.
 
     Raises:
         UserError: naming the key and both values.
@@ -335,21 +335,24 @@ def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, so
                 f"{checkpoint} was trained with model.{key}={saved.get(key)}, but the config says {value}; "
                 "set it back or start a new run.name"
             )
+
+
+def fits_layout(manifest: Mapping[str, Any], config: Config, grid: Grid) -> bool:
+    """Whether every rank finds what it holds in a file of its own, or in stage 0 in the one copy."""
     layout, here = manifest["layout"], _layout(config, grid)
     # Without ZeRO every replica has the whole state, so another number of them may share it.
     free = ("world_size",) if here["zero_stage"] == 0 else ()
-    if any(layout[key] != value for key, value in here.items() if key not in free):
-        way_out = "; of the number of processes it is free with engine.zero_stage=0" if "world_size" not in free else ""
-        raise UserError(
-            f"{checkpoint} was saved by {_layout_text(layout)}, but this run has {_layout_text(here)}; resharding is not "
-            f"there yet: resume with {_layout_text(layout)}{way_out}"
-        )
+    return all(layout[key] == value for key, value in here.items() if key not in free)
 
 
-def _layout_text(layout: Mapping[str, Any]) -> str:
+def layout_text(layout: Mapping[str, Any]) -> str:
+    """One line on who wrote a checkpoint, by its manifest's layout."""
+    if layout["zero_stage"] is None:
+        return f"whole parameters, engine.precision={layout['precision']}"
     return (
         f"{layout['world_size']} process{'es' if layout['world_size'] != 1 else ''}, "
-        f"parallel.tensor={layout['tensor']}, engine.zero_stage={layout['zero_stage']}, engine.precision={layout['precision']}"
+        f"parallel.tensor={layout['tensor']}, engine.zero_stage={layout['zero_stage']}, "
+        f"engine.precision={layout['precision']}"
     )
 
 
@@ -364,14 +367,26 @@ def changed_settings(manifest: Mapping[str, Any], config: Config) -> list[str]:
     ]
 
 
-def load_checkpoint(checkpoint: Path, manifest: Mapping[str, Any], engine: Engine, grid: Grid) -> None:
-    """Restore weights, optimizer state and random states into a fresh engine. Collective; `check_fits` comes first."""
-    engine.load(checkpoint)
+def load_checkpoint(
+    checkpoint: Path, manifest: Mapping[str, Any], config: Config, engine: Engine, grid: Grid
+) -> str | None:
+    """Restore weights, optimizer state and random states into a fresh engine. Collective; `check_fits` comes first.
+
+    Returns:
+        a line for the log where another layout wrote the checkpoint.
+    """
+    line = None
+    if fits_layout(manifest, config, grid):
+        engine.load(checkpoint)
+    else:
+        engine.place(SavedState(checkpoint, manifest))
+        line = f"resharded: saved as {layout_text(manifest['layout'])}; now {layout_text(_layout(config, grid))}"
     if grid.rank < manifest["layout"]["world_size"]:
         states = torch.load(checkpoint / f"rank_{grid.rank}.pt", map_location="cpu", weights_only=False)
         _restore_random_states(states, grid.device)
     else:  # a rank that did not exist: a state of its own, the same whenever this checkpoint is resumed so
         torch.manual_seed(hash((manifest["config"]["run"]["seed"], manifest["step"], grid.rank)) % (1 << 63))
+    return line
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:
@@ -399,9 +414,6 @@ def full_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the folder is not a complete checkpoint.
     """
-    from titans_pretrain.train.engine import consolidated_weights
-
-    manifest = read_manifest(checkpoint)
-    layout, vocab_size = manifest["layout"], manifest["config"]["model"]["vocab_size"]
-    parts = [consolidated_weights(Path(checkpoint), layout["zero_stage"], rank) for rank in range(layout["tensor"])]
-    return {name: whole_of(name, [part[name] for part in parts], vocab_size) for name in parts[0]}
+    saved = SavedState(Path(checkpoint), read_manifest(checkpoint))
+    weights = {name: saved.whole(name, "weight").clone() for name in saved.shapes}
+    return weights | dict.fromkeys(saved.tied, weights["embedding.weight"])

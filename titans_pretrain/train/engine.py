@@ -13,7 +13,6 @@ import io
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
 from titans_pretrain.train.durable import write_file
+from titans_pretrain.train.saved_state import DEEPSPEED_FOLDER, KINDS, SavedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch\.distributed")
@@ -57,9 +57,6 @@ from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
 # On CPU, DeepSpeed would compile this op for half a minute at start; only its inference collectives use it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-DEEPSPEED_FOLDER = "deepspeed"
-"""Sub-folder of a checkpoint that holds DeepSpeed's own files."""
 
 # Top-level DeepSpeed keys an expert may add. DeepSpeed ignores keys it does not know, so they are checked here.
 PASSED_THROUGH = (
@@ -111,10 +108,6 @@ class _Root(nn.Module):
         return function(self.model, *arguments)
 
 
-_PREFIX = "model."
-"""What `_Root` puts before parameter names."""
-
-
 def _training_loss(model: Titans, *batch: Tensor | None) -> Tensor:
     return model(*batch)
 
@@ -134,7 +127,7 @@ class Engine:
         self.device = grid.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         """Of this rank: a tensor rank has its slice."""
-        self._tensor = grid.tensor
+        self._tensor, self._replica = grid.tensor, grid.replica
         self._adamw = _adamw(config, model, grid.device)
         with _quiet():
             deepspeed.init_distributed(auto_mpi_discovery=False)  # takes over the process group of `grid`
@@ -272,9 +265,67 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore weights and optimizer state saved with the same stage and precision and, from stage 1 on, the same world
         size: in stage 0 every rank reads the one copy of both. Collective."""
+        own = [{key: value for key, value in g.items() if key != "params"} for g in self._adamw.param_groups]
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, load_lr_scheduler_states=False)
         assert path is not None
+        for group, settings in zip(self._adamw.param_groups, own, strict=True):
+            group.update(settings)  # the config's, which the saved ones have replaced
+
+    @torch.no_grad()
+    def place(self, saved: SavedState) -> None:
+        """Restore weights and optimizer state saved in any layout. Collective.
+
+        Each rank reads what it owns: no rank sends state to another, so none waits for one that could not read.
+        """
+        optimizer = self._engine.optimizer
+        if self.stage == 3:
+            self._place_in_stage_3(saved, optimizer)
+        elif self.stage > 0:
+            for name, parameter in self.model.named_parameters():
+                noted: Any = parameter
+                mapping = noted._hp_mapping  # DeepSpeed's note of which elements are in this rank's partition
+                if mapping is None:
+                    continue
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                flat = self._adamw.param_groups[mapping.param_group_index]["params"][0]
+                state = self._state_of(flat, saved.step)
+                for kind, target in zip(KINDS, (flat, state["exp_avg"], state["exp_avg_sq"]), strict=True):
+                    wanted = saved.slice_of(name, kind, self._tensor.rank, self._tensor.size, here.start, here.numel)
+                    target.narrow(0, there.start, there.numel).copy_(wanted)
+            optimizer.update_lp_params()
+        else:
+            for name, parameter in self.model.named_parameters():
+                state = self._state_of(parameter, saved.step)
+                for kind, target in zip(KINDS, (parameter, state["exp_avg"], state["exp_avg_sq"]), strict=True):
+                    target.copy_(saved.slice_of(name, kind, self._tensor.rank, self._tensor.size).view_as(target))
+
+    def _place_in_stage_3(self, saved: SavedState, optimizer: Any) -> None:
+        optimizer._partition_all_parameters()
+        flats = optimizer.fp32_partitioned_groups_flat
+        for name, parameter in self.model.named_parameters():
+            split: Any = parameter
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = self._replica.rank * split.ds_tensor.ds_numel
+            there = max(0, min(count, split.ds_numel - start))  # the last ranks' partitions end in padding
+            state = self._state_of(flats[group], saved.step)
+            for kind, target in zip(KINDS, (flats[group], state["exp_avg"], state["exp_avg_sq"]), strict=True):
+                if there:
+                    wanted = saved.slice_of(name, kind, self._tensor.rank, self._tensor.size, start, there)
+                    target.narrow(0, offset, there).copy_(wanted)
+        for group in range(len(flats)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:  # those too small to be worth gathering each time, at hand everywhere
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _state_of(self, flat: Tensor, step: float) -> dict[str, Tensor]:
+        """AdamW's state of a tensor it updates, made new where there is none; each has a step of its own, as torch counts."""
+        state = self._adamw.state[flat]
+        if not state:
+            device = flat.device if self._adamw.param_groups[0]["fused"] else "cpu"
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        return state
 
 
 def _adamw(config: Config, model: Titans, device: torch.device) -> torch.optim.AdamW:
@@ -402,57 +453,6 @@ class _RecordingCheckpointEngine(TorchCheckpointEngine):
             self.written[str(Path(path).relative_to(self.folder))] = entry
         except OSError as error:
             self.error = error
-
-
-def consolidated_weights(folder: Path, stage: int, tensor_rank: int = 0) -> dict[str, Tensor]:
-    """fp32 weights of one tensor rank from DeepSpeed's files in `folder`/deepspeed, by state_dict name; needs no process
-    group.
-
-    A tied head appears under both of its names.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        # DeepSpeed's converter knows one model-parallel rank: it is shown the files of this one, under the names it expects.
-        shown = Path(scratch) / DEEPSPEED_FOLDER
-        shown.mkdir()
-        for path in (folder / DEEPSPEED_FOLDER).iterdir():
-            if f"mp_rank_{tensor_rank:02d}_" in path.name:
-                alias = path.name.replace(f"mp_rank_{tensor_rank:02d}_", "mp_rank_00_")
-                (shown / alias).symlink_to(path.resolve())
-        return _weights_of_one_model_rank(Path(scratch), stage)
-
-
-def _weights_of_one_model_rank(folder: Path, stage: int) -> dict[str, Tensor]:
-    files = folder / DEEPSPEED_FOLDER
-    if stage == 0:
-        weights = _load(files / "mp_rank_00_model_states.pt")["module"]
-    elif stage == 1 and (shards := list(files.glob("bf16_zero_pp_rank_*_optim_states.pt"))):
-        shards.sort(key=lambda path: int(path.name.split("_")[4]))
-        weights = _bf16_optimizer_weights(_load(files / "mp_rank_00_model_states.pt"), [_load(path) for path in shards])
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # stderr: its progress bars
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
-    return {name.removeprefix(_PREFIX): tensor.detach().to(torch.float32).clone() for name, tensor in weights.items()}
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-
-
-def _bf16_optimizer_weights(model_states: Any, optimizer_states: list[Any]) -> dict[str, Tensor]:
-    """Stage 1 in bf16 with fp32 gradients is another optimizer class, whose files DeepSpeed's own converter refuses: each
-    parameter group is one flat fp32 tensor, cut evenly over the ranks."""
-    weights = {}
-    for group, shapes in enumerate(model_states["param_shapes"]):
-        parts = [state["optimizer_state_dict"]["single_partition_of_fp32_groups"][group] for state in optimizer_states]
-        flat, start = torch.cat(parts), 0
-        for name, shape in shapes.items():
-            weights[name] = flat[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-    for name, same_as in model_states["shared_params"].items():
-        weights[name] = weights[same_as]
-    return weights
 
 
 @contextlib.contextmanager

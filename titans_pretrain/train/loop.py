@@ -64,7 +64,7 @@ def train(config: Config, grid: Grid) -> Progress:
             start_from = checkpoints.choose_resume(run_dir, config.run.resume, report.say)
             manifest = checkpoints.read_manifest(start_from) if start_from else None
             if start_from and manifest:
-                checkpoints.check_fits(start_from, manifest, config, sources, grid)
+                checkpoints.check_fits(start_from, manifest, config, sources)
             chart(config, sources, start_from, manifest)
             checkpoints.clear_remains(run_dir, start_from, report.say)
             report.say(config_to_yaml(config))
@@ -101,8 +101,10 @@ def train(config: Config, grid: Grid) -> Progress:
     progress = course.start
     last_saved = start_from
     if start_from is not None:
-        checkpoints.load_checkpoint(start_from, manifest, engine, grid)
+        resharded = checkpoints.load_checkpoint(start_from, manifest, config, engine, grid)
         report.say(f"resumed from {start_from} at step {progress.step}, sequence {progress.position}")
+        if resharded:
+            report.say(resharded)
         for change in course.changes:
             report.say(f"a new phase begins at step {progress.step}: {change}")
         for change in checkpoints.changed_settings(manifest, config):
