@@ -1,6 +1,9 @@
-"""How does a training checkpoint become a model to use? `export` writes a folder that generate.py and load_export read.
+"""What can be done with a training checkpoint? `export` makes a model to use of it, a folder that generate.py and load_export
+read; `inspect`, `verify` and `reshape` are in checkpoint_commands.py.
 
     python tools/convert_checkpoint.py export RUN OUT [--checkpoint step_N] [--dtype fp32|bf16] [--overwrite]
+    python tools/convert_checkpoint.py inspect|verify RUN [--checkpoint step_N]
+    python tools/convert_checkpoint.py reshape RUN OUT [--checkpoint step_N]
 
 The export is written beside OUT, a fresh process checks that it computes the logits that the trainer's own model computed
 when it saved, and only then is it given its name. Nothing is left at OUT when that fails.
@@ -19,12 +22,17 @@ from typing import Any
 
 import torch
 
+if not __package__:  # started as a file: the packages lie beside its folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import titans_pretrain
 from titans_pretrain.config import config_from_dict
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.inference.export import DTYPES, EXPORT_NAMES, is_export, write_export
 from titans_pretrain.inference.verify import Comparison
-from titans_pretrain.train.checkpoint import find_checkpoints, find_damage, full_fp32_weights, read_manifest
+from titans_pretrain.train.checkpoint import full_fp32_weights, read_manifest
+from tools.checkpoint_commands import add_inspect, add_reshape, add_verify
+from tools.choose_checkpoint import add_source, choose_checkpoint
 
 
 @exit_on_user_error
@@ -32,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Convert training checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_export(commands)
+    add_reshape(commands)
+    add_inspect(commands)
+    add_verify(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 
@@ -44,11 +55,8 @@ def add_export(commands: Any) -> None:
         "export",
         help="write a checkpoint as a folder for inference: weights, config, tokenizer; verified against the trainer's logits",
     )
-    parser.add_argument(
-        "source", metavar="RUN", type=Path, help="run folder (its newest complete checkpoint) or one checkpoint folder"
-    )
+    add_source(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    parser.add_argument("--checkpoint", default="", metavar="step_N", help="which checkpoint of the run folder")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
@@ -114,39 +122,6 @@ def export(options: argparse.Namespace) -> None:
     print(
         f"exported {checkpoint} to {out}: {parameters / 1e6:.2f} M parameters in {options.dtype}, {size / 1e6:.1f} MB"
     )
-
-
-def choose_checkpoint(source: Path, wanted: str) -> Path:
-    """The undamaged checkpoint folder that RUN and --checkpoint name."""
-    if (source / "manifest.json").is_file():
-        if wanted:
-            raise UserError(
-                f"--checkpoint {wanted} chooses among a run's checkpoints, but {source} is one checkpoint; drop one of the two"
-            )
-        return undamaged(source)
-    if not (source / "checkpoints").is_dir():
-        what = "is neither a run folder (no checkpoints in it) nor a complete checkpoint (no manifest.json)"
-        raise UserError(f"{source} {what if source.exists() else 'does not exist'}")
-    if not wanted:
-        found = find_checkpoints(source, say=lambda line: print(line, file=sys.stderr), newest_only=True)
-        if not found:
-            raise UserError(f"{source} has no complete checkpoint to export")
-        return found[0]
-    number = wanted.removeprefix("step_")
-    names = sorted(p.name for p in (source / "checkpoints").glob("step_*") if (p / "manifest.json").is_file())
-    for name in names:
-        if number.isdecimal() and name == f"step_{int(number):08d}":
-            return undamaged(source / "checkpoints" / name)
-    raise UserError(
-        f"--checkpoint {wanted}: {source} has no such checkpoint; it has {', '.join(names) or 'none that is complete'}"
-    )
-
-
-def undamaged(checkpoint: Path) -> Path:
-    damage = find_damage(checkpoint)
-    if damage is not None:
-        raise UserError(f"{checkpoint} is damaged: {damage}")
-    return checkpoint
 
 
 def verify_in_fresh_process(folder: Path, logits_file: Path, precision: str, device: str) -> Comparison:

@@ -43,9 +43,7 @@ def test_a_compiled_run_equals_a_plain_one_and_resumes_as_one(dataset: Path, tmp
     signals = [{name: x for name, x in row.items() if name.startswith("block_")} for row in (rows[2], expected_rows[2])]
     assert signals[0] == pytest.approx(signals[1], rel=1e-4)
     assert signals[0]
-    found, expected = (
-        full_fp32_weights(find_checkpoints(tmp_path / name)[0]) for name in ("compiled", "plain")
-    )
+    found, expected = (full_fp32_weights(find_checkpoints(tmp_path / name)[0]) for name in ("compiled", "plain"))
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
 

@@ -99,7 +99,7 @@ def save_checkpoint(
             if grid.is_first:
                 merged = {name: entry for part in everyones for name, entry in part.items()}
                 try:
-                    _commit(folder, final, _manifest(progress, config, sources, data, grid, merged))
+                    commit(folder, final, _manifest(progress, config, sources, data, grid, merged))
                 except OSError as raised:
                     raise UserError(_reason(raised)) from raised
     if grid.is_first:
@@ -186,7 +186,7 @@ def _layout(config: Config, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _commit(folder: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+def commit(folder: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=1).encode()
     write_file(folder / MANIFEST, lambda file: file.write(text))
     for directory in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
