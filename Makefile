@@ -38,7 +38,7 @@ test-layouts: install
 
 # Every pair of layouts and ZeRO stages, of which `make test` runs a part, and kills. A quarter of an hour on 2 cores.
 test-checkpoints: install
-	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/train/test_reshard.py tests/train/test_kills.py --timeout=3600
+	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/train/test_reshard.py tests/train/test_saving.py --timeout=3600
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -339,6 +339,15 @@ class CheckpointConfig:
     keep_last: int = 2
     """Complete checkpoints kept; older ones are deleted after a newer one is whole. 0: all. Default 2: one to spare if
     the newest is damaged on disk."""
+    keep_every: int = 0
+    """Steps: checkpoints at multiples of it are never deleted. 0: none is kept beyond keep_last."""
+    background: bool = True
+    """Hold a checkpoint in host memory and write it while training goes on; the last one, and all where the hosts' free
+    memory is less than twice a checkpoint, are written while it waits. Default true: a step is late by the copy, not by the
+    disk."""
+    on_full_disk: str = one_of("stop", "stop", "warn")
+    """When a checkpoint cannot be written (disk full, file system gone): stop with the reason, or warn and train on with the
+    checkpoint before it. The last one of a run always stops. Default stop: a run that cannot save can lose days."""
 
 
 @dataclass(frozen=True)
@@ -665,7 +674,7 @@ def _check_ranges(config: Config) -> None:
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
         "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
-        "checkpoint.interval checkpoint.keep_last log.peak_tflops eval.interval run.stop_after run.seed"
+        "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
 

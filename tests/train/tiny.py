@@ -89,8 +89,13 @@ def tiny_config(data: Path, runs: Path, **overrides: Any) -> Config:
     return config_from_dict(tiny_tree(data, runs, **overrides))
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def all_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run measured of the model: not the rows about its checkpoints, of which a run in pieces has more."""
+    return [row for row in all_metrics(run_dir) if "checkpoint_step" not in row]
 
 
 def losses(run_dir: Path) -> list[float]:

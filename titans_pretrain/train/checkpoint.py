@@ -14,12 +14,11 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,8 +26,7 @@ from titans_pretrain.config import Config, config_to_dict
 from titans_pretrain.data.atomic import sha256_of, sync_directory
 from titans_pretrain.data.mixture import Sources
 from titans_pretrain.errors import UserError
-from titans_pretrain.model import Titans
-from titans_pretrain.parallel.grid import AgreedError, Grid
+from titans_pretrain.parallel.grid import Grid
 from titans_pretrain.train.durable import write_file
 from titans_pretrain.train.saved_state import SavedState
 
@@ -57,136 +55,15 @@ class Progress:
     """Tokens trained on; the schedule is a function of it."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- saving
-
-
-def save_checkpoint(
-    run_dir: Path,
-    progress: Progress,
-    engine: Engine,
-    grid: Grid,
-    config: Config,
-    sources: Sources,
-    data: Mapping[str, Any],
-    prefix: Tensor,
-) -> Path:
-    """Write checkpoints/step_N, then delete those beyond `checkpoint.keep_last`. Collective.
-
-    Args:
-        data: what the sequences so far were a function of (course.py), plain data.
-        prefix: int64 [1, n] validation tokens whose logits are stored beside the weights.
-
-    Raises:
-        UserError: on every rank, when any rank could not write; earlier checkpoints are untouched.
-    """
-    final = run_dir / "checkpoints" / f"step_{progress.step:08d}"
-    folder = final.with_name(final.name + UNFINISHED)
-    with _all_or_nothing(grid, final, folder):
-        with grid.agreed():
-            if grid.is_first:
-                _prepare(folder, engine.state_bytes() + 4 * prefix.shape[1] * config.model.vocab_size)
-        logits = engine.evaluate(_logits, prefix.to(grid.device))
-        files, error = engine.save(folder)
-        try:
-            if error is not None:
-                raise error
-            files |= _write_own_files(folder, grid, sources, prefix, logits)
-        except OSError as raised:
-            error = raised
-        grid.raise_agreed(None if error is None else UserError(_reason(error)))
-        everyones = grid.gather_objects(files)
-        with grid.agreed():
-            if grid.is_first:
-                merged = {name: entry for part in everyones for name, entry in part.items()}
-                try:
-                    commit(folder, final, _manifest(progress, config, sources, data, grid, merged))
-                except OSError as raised:
-                    raise UserError(_reason(raised)) from raised
-    if grid.is_first:
-        prune(run_dir, config.checkpoint.keep_last)
-    grid.barrier()
-    return final
-
-
-def _logits(model: Titans, tokens: Tensor) -> Tensor:
-    return model.logits(model.hidden(tokens)[0])
-
-
-@contextlib.contextmanager
-def _all_or_nothing(grid: Grid, final: Path, folder: Path) -> Any:
-    try:
-        yield
-    except AgreedError as error:
-        if grid.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-        older = len(_finished_folders(final.parent))
-        raise AgreedError(
-            f"cannot save checkpoint {final}: {error}; nothing of it is kept, "
-            f"{older} earlier checkpoint{'s are' if older != 1 else ' is'} untouched; free space there, or lower "
-            "checkpoint.keep_last, or move the run with run.dir"
-        ) from error
-
-
-def _prepare(folder: Path, needed: int) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(_reason(error)) from error
-    needed += needed // 50 + (1 << 20)  # names, headers, padding
-    if needed > free:
-        raise UserError(f"it needs about {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _write_own_files(
-    folder: Path, grid: Grid, sources: Sources, prefix: Tensor, logits: Tensor
-) -> dict[str, dict[str, Any]]:
-    name = f"rank_{grid.rank}.pt"
-    files = {name: write_file(folder / name, lambda file: torch.save(_random_states(grid.device), file))}
-    if grid.is_first:
-        tensors = {"tokens": prefix.cpu().contiguous(), "logits": logits.float().cpu().contiguous()}
-        files[LOGITS] = write_file(folder / LOGITS, lambda file: file.write(safetensors.torch.save(tensors)))
-        tokenizer = sources.tokenizer_path.read_bytes()
-        files[TOKENIZER] = write_file(folder / TOKENIZER, lambda file: file.write(tokenizer))
-    return files
-
-
-def _manifest(
-    progress: Progress,
-    config: Config,
-    sources: Sources,
-    data: Mapping[str, Any],
-    grid: Grid,
-    files: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        **asdict(progress),
-        "config": config_to_dict(config),
-        "data": data,
-        "dataset_fingerprint": sources.fingerprint,
-        "tokenizer_sha256": sources.tokenizer_sha256,
-        "layout": _layout(config, grid),
-        "files": dict(sorted(files.items())),
-    }
-
-
-def _layout(config: Config, grid: Grid) -> dict[str, Any]:
-    """What decides which rank holds which part of the state. How replicas share rows and tokens does not."""
-    return {
-        "world_size": grid.world_size,
-        "tensor": grid.tensor.size,
-        "zero_stage": config.engine.zero_stage,
-        "precision": config.engine.precision,
-    }
+# -------------------------------------------------------------------------------------------------------------- publishing
 
 
 def commit(folder: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest into `folder`, whose other files are on disk, and give it its name.
+
+    Raises:
+        OSError: as the file system does.
+    """
     text = json.dumps(manifest, indent=1).encode()
     write_file(folder / MANIFEST, lambda file: file.write(text))
     for directory in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
@@ -195,17 +72,24 @@ def commit(folder: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     sync_directory(final.parent)
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` finished checkpoints; 0 keeps all."""
+def prune(run_dir: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep_last` finished checkpoints (0 keeps all) and those at multiples of `keep_every` steps."""
     if keep_last == 0:
         return
-    for folder in _finished_folders(run_dir / "checkpoints")[keep_last:]:
+    for folder in finished_folders(run_dir / "checkpoints")[keep_last:]:
+        if keep_every and step_of(folder) % keep_every == 0:
+            continue
         # Renamed first: a prune that is killed leaves an unfinished folder, not a damaged checkpoint.
         with contextlib.suppress(OSError):
             shutil.rmtree(folder.rename(folder.with_name(folder.name + UNFINISHED)))
 
 
-def _finished_folders(checkpoints: Path) -> list[Path]:
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def finished_folders(checkpoints: Path) -> list[Path]:
     """Folders that have their final name, newest first."""
     return sorted((p for p in checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()), reverse=True)
 
@@ -258,7 +142,7 @@ def find_checkpoints(run_dir: Path, say: Callable[[str], Any] = print, newest_on
         newest_only: stop at the first good one; checksumming them all can take minutes.
     """
     found = []
-    for folder in _finished_folders(Path(run_dir) / "checkpoints"):
+    for folder in finished_folders(Path(run_dir) / "checkpoints"):
         damage = find_damage(folder)
         if damage is not None:
             say(f"skipping {folder}: {damage}")
@@ -279,7 +163,7 @@ def choose_resume(run_dir: Path, resume: str, say: Callable[[str], Any]) -> Path
     if resume == "auto":
         found = find_checkpoints(run_dir, say, newest_only=True)
         return found[0] if found else None
-    existing = _finished_folders(run_dir / "checkpoints")
+    existing = finished_folders(run_dir / "checkpoints")
     if resume == "never":
         if existing:
             raise UserError(
@@ -305,7 +189,7 @@ def clear_remains(run_dir: Path, start_from: Path | None, say: Callable[[str], A
     for folder in sorted((run_dir / "checkpoints").glob("step_*" + UNFINISHED)):
         say(f"removing {folder}: its save never finished")
         shutil.rmtree(folder, ignore_errors=True)
-    for folder in _finished_folders(run_dir / "checkpoints"):
+    for folder in finished_folders(run_dir / "checkpoints"):
         if start_from is None or folder.name > start_from.name:
             aside = folder.with_name(folder.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -337,9 +221,19 @@ def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, so
             )
 
 
+def layout_of(config: Config, grid: Grid) -> dict[str, Any]:
+    """What decides which rank holds which part of the state. How replicas share rows and tokens does not."""
+    return {
+        "world_size": grid.world_size,
+        "tensor": grid.tensor.size,
+        "zero_stage": config.engine.zero_stage,
+        "precision": config.engine.precision,
+    }
+
+
 def fits_layout(manifest: Mapping[str, Any], config: Config, grid: Grid) -> bool:
     """Whether every rank finds what it holds in a file of its own, or in stage 0 in the one copy."""
-    layout, here = manifest["layout"], _layout(config, grid)
+    layout, here = manifest["layout"], layout_of(config, grid)
     # Without ZeRO every replica has the whole state, so another number of them may share it.
     free = ("world_size",) if here["zero_stage"] == 0 else ()
     return all(layout[key] == value for key, value in here.items() if key not in free)
@@ -380,7 +274,7 @@ def load_checkpoint(
         engine.load(checkpoint)
     else:
         engine.place(SavedState(checkpoint, manifest))
-        line = f"resharded: saved as {layout_text(manifest['layout'])}; now {layout_text(_layout(config, grid))}"
+        line = f"resharded: saved as {layout_text(manifest['layout'])}; now {layout_text(layout_of(config, grid))}"
     if grid.rank < manifest["layout"]["world_size"]:
         states = torch.load(checkpoint / f"rank_{grid.rank}.pt", map_location="cpu", weights_only=False)
         _restore_random_states(states, grid.device)
@@ -389,7 +283,7 @@ def load_checkpoint(
     return line
 
 
-def _random_states(device: torch.device) -> dict[str, Any]:
+def random_states(device: torch.device) -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002 (the global state is what must be restored)

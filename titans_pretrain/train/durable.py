@@ -42,6 +42,30 @@ class HashingWriter(io.RawIOBase):
         super().close()
 
 
+class Pages(io.RawIOBase):
+    """A file in memory, kept as it comes: nothing is moved when it grows."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self._pages = [content]
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        page = bytes(data)
+        self._pages.append(page)
+        return len(page)
+
+    def write_to(self, file: IO[bytes]) -> None:
+        """Write all of it into `file`."""
+        for page in self._pages:
+            file.write(page)
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self._pages.clear()
+
+
 def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> dict[str, Any]:
     """Write `path` durably through `write(file)` -> {"bytes", "sha256"}.
 

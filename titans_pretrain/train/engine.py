@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from titans_pretrain.layout import memory_strategy, micro_batch_rows
 from titans_pretrain.model import Titans, weight_decay_applies
 from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
-from titans_pretrain.train.durable import write_file
+from titans_pretrain.train.durable import Pages, write_file
 from titans_pretrain.train.saved_state import DEEPSPEED_FOLDER, KINDS, SavedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -250,17 +250,23 @@ class Engine:
         weight = next(self.model.parameters()).element_size()
         return self._tensor.size * self.num_parameters * (weight + 8 + (4 if self.stage > 0 else 0))
 
-    def save(self, folder: Path) -> tuple[dict[str, dict[str, Any]], OSError | None]:
-        """Write DeepSpeed's files under `folder`/deepspeed. Collective.
+    def save(
+        self, folder: Path, hold: bool = False
+    ) -> tuple[dict[str, dict[str, Any]], OSError | None, list[tuple[Path, Pages]]]:
+        """Write DeepSpeed's files under `folder`/deepspeed, or make their contents in memory. Collective.
+
+        Args:
+            hold: write nothing; what the files would contain comes back, and does not change with the training.
 
         Returns:
-            the files this rank wrote, path relative to `folder` -> {"bytes", "sha256"}, and the first error of this
-            rank. An error does not raise here: the other ranks would wait for this one in DeepSpeed's barriers.
+            the files this rank wrote, path relative to `folder` -> {"bytes", "sha256"}, the first error of this rank, and
+            the files held. An error does not raise here: the other ranks would wait for this one in DeepSpeed's barriers.
         """
-        self._checkpoint_engine.begin(folder)
+        self._checkpoint_engine.begin(folder, hold)
         with _quiet():
             self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, save_latest=False)
-        return self._checkpoint_engine.written, self._checkpoint_engine.error
+        recorded = self._checkpoint_engine
+        return recorded.written, recorded.error, recorded.held
 
     def load(self, folder: Path) -> None:
         """Restore weights and optimizer state saved with the same stage and precision and, from stage 1 on, the same world
@@ -440,13 +446,19 @@ class _RecordingCheckpointEngine(TorchCheckpointEngine):
         super().__init__()
         self.begin(Path())
 
-    def begin(self, folder: Path) -> None:
-        self.folder = folder
+    def begin(self, folder: Path, hold: bool = False) -> None:
+        self.folder, self.hold = folder, hold
         self.written: dict[str, dict[str, Any]] = {}
+        self.held: list[tuple[Path, Pages]] = []
         self.error: OSError | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
         if self.error is not None:
+            return
+        if self.hold:
+            pages = Pages()
+            torch.save(state_dict, cast(IO[bytes], pages))
+            self.held.append((Path(path), pages))
             return
         try:
             entry = write_file(Path(path), lambda file: torch.save(state_dict, file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -32,6 +33,7 @@ from titans_pretrain.train.engine import Engine, NotFiniteError
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
+from titans_pretrain.train.saving import SaveFailed, Saver
 from titans_pretrain.train.schedule import learning_rate
 from titans_pretrain.train.watch import describe_failure
 
@@ -99,7 +101,6 @@ def train(config: Config, grid: Grid) -> Progress:
 
     # Resume
     progress = course.start
-    last_saved = start_from
     if start_from is not None:
         resharded = checkpoints.load_checkpoint(start_from, manifest, config, engine, grid)
         report.say(f"resumed from {start_from} at step {progress.step}, sequence {progress.position}")
@@ -126,6 +127,7 @@ def train(config: Config, grid: Grid) -> Progress:
         document_starts=config.data.reset_at_documents,
         skip_bad=config.data.on_bad == "skip",
     )
+    saver = Saver(run_dir, config, sources, engine, grid, report.say, report.record, start_from)
     masked = MaskedRows(config.data.max_bad)
     first_step = progress.step
     try:
@@ -164,23 +166,25 @@ def train(config: Config, grid: Grid) -> Progress:
                 model.set_signals(wants_signals and index == len(batch) - 1)
                 local_loss += float(engine.forward_backward(tokens, labels, scale, document_starts))
             signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
-            shared = grid.gather_numbers([local_loss, memory_in_use(grid.device), *signals.values()])
+            shared = grid.gather_numbers(
+                [local_loss, memory_in_use(grid.device), saver.is_written(), *signals.values()]
+            )
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
 
             # Update, unless something is no longer a number
             if not math.isfinite(loss):
                 stop_not_finite(
-                    "loss", loss, next_progress.step, describe_failure(engine, batch, scale, grid), last_saved
+                    "loss", loss, next_progress.step, describe_failure(engine, batch, scale, grid), saver.last
                 )
             try:
                 norm = engine.step(rate)
             except NotFiniteError as error:
                 cause = describe_failure(engine, batch, scale, grid)
-                stop_not_finite("gradient norm", error.norm, next_progress.step, cause, last_saved)
+                stop_not_finite("gradient norm", error.norm, next_progress.step, cause, saver.last)
             batch_tokens = next_progress.tokens - progress.tokens
             progress = next_progress
             if every(config.parallel.check_interval, progress.step):
-                check_copies(engine, grid, progress.step, last_saved)
+                check_copies(engine, grid, progress.step, saver.last)
             report.step(
                 progress,
                 batch_tokens=batch_tokens,
@@ -189,7 +193,7 @@ def train(config: Config, grid: Grid) -> Progress:
                 learning_rate=rate,
                 seconds=time.perf_counter() - started,
                 memory_bytes=float(shared[:, 1].max()),
-                signals=dict(zip(signals, shared[:, 2:].mean(0).tolist(), strict=True))
+                signals=dict(zip(signals, shared[:, 3:].mean(0).tolist(), strict=True))
                 | (course.mixture.served(progress.position) if wants_signals else {})
                 | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
             )
@@ -199,28 +203,23 @@ def train(config: Config, grid: Grid) -> Progress:
             if progress.step == course.steps.num_steps or every(config.eval.interval, progress.step):
                 model.set_signals(False)
                 report.evaluation(progress, evaluation.run(engine))
+            if saver.busy and shared[:, 2].all():
+                saver.finish()
             if stopping or every(config.checkpoint.interval, progress.step):
-                last_saved = checkpoints.save_checkpoint(
-                    run_dir,
-                    progress,
-                    engine,
-                    grid,
-                    config,
-                    sources,
-                    course.identity(progress.position),
-                    evaluation.prefix,
-                )
-                report.say(f"saved {last_saved}")
+                saver.save(progress, course.identity(progress.position), evaluation.prefix, last=stopping)
             if stopping:
                 break
-        report.summary(progress, sources.unigram_entropy, last_saved)
+        report.summary(progress, sources.unigram_entropy, saver.last)
         if masked.total:
             report.say(masked.summary())
     except AgreedError as error:
+        with contextlib.suppress(SaveFailed):  # the first reason is the one to tell
+            saver.finish()
         report.note(f"stopped: {error}")
         raise
     finally:
         loader.close()
+        saver.close()
         report.close()
     return progress
 

@@ -89,6 +89,7 @@ class Reporter:
         or measure the peak. Collective."""
         self.flops_per_token = flops_per_token
         self.num_steps = num_steps
+        self._step = progress.step
         self.peak_flops = peak_flops(self.config, self.grid)
         self._window = (time.perf_counter(), progress.tokens)
         self._first_step, self._started = progress.step, time.perf_counter()
@@ -117,6 +118,7 @@ class Reporter:
         signals: Mapping[str, float],
     ) -> None:
         """One optimizer step. Only rank 0 writes."""
+        self._step = progress.step
         if self._metrics is None:
             return
         rate = batch_tokens / seconds
@@ -163,6 +165,11 @@ class Reporter:
             self._write({"step": progress.step, "tokens": progress.tokens, **losses, **perplexities})
         parts = [f"{name} {loss:.4f} (perplexity {perplexity(loss):,.2f})" for name, loss in losses.items()]
         self.say(f"step {progress.step} | {' | '.join(parts)}")
+
+    def record(self, row: Mapping[str, float]) -> None:
+        """Numbers about the run itself, under the step it is at. Only rank 0 writes."""
+        if self._metrics is not None:
+            self._write({"step": self._step, **row})
 
     def summary(self, progress: Progress, unigram_entropy: float, checkpoint: Path | None) -> None:
         """The last lines of a run."""
@@ -226,6 +233,8 @@ def _board_name(name: str) -> str:
         return "valid/" + name.replace("/", "_of_", 1)
     if "/" in name:
         return "memory/" + name
+    if name.startswith("checkpoint_"):
+        return name.replace("_", "/", 1)
     group = "speed" if name in ("tokens_per_second", "tflops", "mfu", "seconds") else "train"
     return f"{group}/{name}"
 
