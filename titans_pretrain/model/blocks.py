@@ -267,7 +267,8 @@ class MACBlock(Block):
     ) -> tuple[Tensor, MACState]:
         """`_segment` for one token of each row, the rows at different places of their segments."""
         assert tokens.shape[1] == 1, "rows at different places go on one token at a time"
-        assert state.row_places is not None and state.context is not None
+        assert state.row_places is not None
+        assert state.context is not None
         places, every = state.row_places, self.retrieve_every
         retrieved = self.memory.recall(state.recalled, recall_queries, tokens)
         h_keys, h_values = self.attention.keys_and_values(retrieved)
