@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_said() -> None:
         (lambda: select_rows(state, [], model.config), "at least one row"),
         (lambda: model.hidden(torch.ones(2, 2, dtype=torch.int64), state), "one token at a time"),
         (lambda: read_padded(model, torch.ones(2, 2, dtype=torch.int64), torch.tensor([[1, 0], [1, 1]])), "left"),
-        (lambda: read_padded(model, torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 1)), "attention_mask must be"),
+        (lambda: read_padded(model, torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 1)), "must be .b, t. or longer"),
     ]
     for call, message in bad:
         with pytest.raises(ValueError, match=message):

@@ -159,9 +159,8 @@ def memory_scan(
     row_offsets = None if state is None else state.row_offsets
     if row_offsets is not None:
         _check_row_offsets(row_offsets, q, document_starts)
-        offset = min(
-            1, options.chunk_size - 1
-        )  # somewhere inside a chunk: each row has its anchor, and chunks are closed below
+        # Somewhere inside a chunk: every row has its anchor, and chunks are closed below.
+        offset = min(1, options.chunk_size - 1)
     _check_document_starts(document_starts, q, offset, options)
     _check_fresh(fresh, initial_weights)
     dtype = scan_dtype(q, k, v, initial_weights)

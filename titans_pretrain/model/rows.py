@@ -158,7 +158,10 @@ def _join_layers(layers: Sequence[MemoryLayerState], rows_agree: bool) -> Memory
 def _join_attention(parts: Sequence[AttentionState]) -> AttentionState:
     longest = max(p.keys.shape[1] for p in parts)
     lengths = torch.cat([_per_row(p.keys.shape[1], p.row_lengths, len(p.keys), p.keys.device) for p in parts])
-    keys, values = (torch.cat([F.pad(p[i], (0, 0, 0, 0, longest - p[i].shape[1], 0)) for p in parts]) for i in range(2))
+    keys, values = (
+        torch.cat([F.pad(x, (0, 0, 0, 0, longest - x.shape[1], 0)) for x in xs])
+        for xs in ([p.keys for p in parts], [p.values for p in parts])
+    )
     return _settle_attention(AttentionState(keys, values, lengths))
 
 
@@ -301,7 +304,7 @@ def read_padded(
     if attention_mask is not None:
         if attention_mask.shape[0] != len(input_ids) or attention_mask.shape[1] < length:
             raise ValueError(
-                f"attention_mask must be [b, t] or longer for input_ids {list(input_ids.shape)}, not {list(attention_mask.shape)}"
+                f"attention_mask {list(attention_mask.shape)} must be [b, t] or longer, for input_ids {list(input_ids.shape)}"
             )
         mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
