@@ -37,6 +37,9 @@ OWNERS = {
     "boto3": ["titans_pretrain.data"],
     "botocore": ["titans_pretrain.data"],
     "sentencepiece": ["tokenizer", "titans_pretrain.inference"],
+    "fastapi": ["tools.serve"],
+    "starlette": ["tools.serve"],
+    "uvicorn": ["tools.serve"],
     "tensorboard": ["titans_pretrain.train.report"],
     "torch.utils.tensorboard": ["titans_pretrain.train.report"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -69,6 +70,57 @@ def test_seed_and_greedy(export: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert text("--temperature", 0, "--seed", 1) == text("--temperature", 0, "--seed", 2)
 
 
+def test_read_a_book_once_and_ask_later(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The state after a text, and a question from the file, write what text and question in one process do."""
+    book = "The memory learns. " * 9
+    (tmp_path / "book.txt").write_text(book)
+    saved = tmp_path / "book.state"
+    draws = ("--temperature", 1.3, "--seed", 4, "--max-new-tokens", 30)
+    _, err = written(
+        capsys, export, "--prompt-file", tmp_path / "book.txt", "--max-new-tokens", 0, "--save-state", saved
+    )
+    assert re.search(r"book.state: the state after \d+ tokens, [\d,]+ bytes", err)
+    before = saved.read_bytes()
+    whole, _ = written(capsys, export, "--prompt", book + " surprise", *draws)
+    later, _ = written(capsys, export, "--load-state", saved, "--prompt", " surprise", *draws)
+    assert book + later == whole
+    assert saved.read_bytes() == before
+    # What was written is part of what is read next: a text written in two parts is one text.
+    (tmp_path / "half").mkdir()
+    half = tmp_path / "half" / "state"
+    first, _ = written(
+        capsys, export, "--load-state", saved, "--max-new-tokens", 10, "--temperature", 0, "--save-state", half
+    )
+    second, _ = written(capsys, export, "--load-state", half, "--max-new-tokens", 10, "--temperature", 0)
+    both, _ = written(capsys, export, "--load-state", saved, "--max-new-tokens", 20, "--temperature", 0)
+    assert first[:-1] + second == both
+
+
+def test_stop_strings_end_the_text_before_them(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draws = ("--prompt", "The", "--seed", 3, "--max-new-tokens", 60)
+    whole, _ = written(capsys, export, *draws)
+    stop = whole[25:29]
+    out, err = written(capsys, export, *draws, "--stop", "never in it", "--stop", stop)
+    assert out == "The" + whole[3:][: whole[3:].index(stop)] + "\n"
+    assert "(--stop)" in err
+
+
+def test_many_prompts_write_what_each_writes_alone(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["The memory", "", "a river of stone and the wave", "12", "surprise forgets café"]
+    (tmp_path / "prompts").write_text("\n".join(texts) + "\n")
+    draws = ("--max-new-tokens", 25, "--temperature", 0.9)
+    out, err = written(capsys, export, "--prompts", tmp_path / "prompts", "--batch", 2, "--seed", 7, *draws)
+    found = {line["index"]: line for line in map(json.loads, out.splitlines())}
+    assert sorted(found) == list(range(len(texts)))
+    for i, text in enumerate(texts):
+        alone, _ = written(capsys, export, "--prompt", text, "--seed", 7 + i, *draws)
+        assert found[i]["prompt"] + found[i]["text"] + "\n" == alone
+        assert found[i]["ended"] in ("length", "eos")
+    assert re.search(r"5 prompts of \d+ tokens; written: \d+ tokens", err)
+
+
 def test_prompt_file_is_taken_as_it_is(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "  two lines\r\nand 😀 no more\n"
     (tmp_path / "prompt.txt").write_bytes(text.encode())
@@ -87,6 +139,12 @@ BAD = {
     "threads": (["{export}", "--threads", "-1"], "--threads"),
     "surrogate": (["{export}", "--prompt", "ab\udcff"], "not valid Unicode"),
     "no prompt file": (["{export}", "--prompt-file", "{none}"], "cannot read --prompt-file"),
+    "batch": (["{export}", "--batch", "0"], "--batch"),
+    "empty stop": (["{export}", "--stop", ""], "--stop"),
+    "state of a batch": (["{export}", "--prompts", "{none}", "--load-state", "{none}"], "not for --prompts"),
+    "no folder": (["{export}", "--save-state", "{none}/a"], "there is no folder"),
+    "no state": (["{export}", "--load-state", "{none}"], "there is no state at"),
+    "not a state": (["{export}", "--load-state", "{export}/model.safetensors"], "is not a state written by"),
     "not utf-8": (["{export}", "--prompt-file", "{latin}"], "not UTF-8 text: byte 3"),
 }
 

@@ -136,7 +136,8 @@ def memory_scan(
         theta: the step size >= 0, [b, t, h, l].
         initial_weights: l tensors [h, in, out], in of the first and out of the last being d.
         norm_weight, norm_bias: [h, d]: M(k) = k + LN(net(k)); both None: M(k) = net(k).
-        state: where to go on; None: W = initial_weights, S = 0, at the start of a chunk.
+        state: where to go on; None: W = initial_weights, S = 0, at the start of a chunk. Rows that stand at different
+            offsets (state.row_offsets) go on by one token, t = 1.
         options: the variant of the rule.
         document_starts: bool [b, chunks], for each chunk that begins inside the call: before its first token the memory is
             in that row what it is before a document; None: nowhere.
@@ -155,6 +156,11 @@ def memory_scan(
     """
     _check_shapes(q, k, v, log_gamma, log_eta, theta, initial_weights, norm_weight, norm_bias, state, options)
     offset = 0 if state is None else state.offset
+    row_offsets = None if state is None else state.row_offsets
+    if row_offsets is not None:
+        _check_row_offsets(row_offsets, q, document_starts)
+        # Somewhere inside a chunk: every row has its anchor, and chunks are closed below.
+        offset = min(1, options.chunk_size - 1)
     _check_document_starts(document_starts, q, offset, options)
     _check_fresh(fresh, initial_weights)
     dtype = scan_dtype(q, k, v, initial_weights)
@@ -181,6 +187,8 @@ def memory_scan(
     after = MemoryState(
         result.weights, result.momentum, result.anchor or (anchor if offset else result.weights), offset
     )
+    if row_offsets is not None:
+        after = _close_chunks(after, anchor, (row_offsets + 1) % options.chunk_size)
     if return_signals:
         surprise = (result.surprise / q[..., 0].numel()).float()
         return result.out, after, {"surprise": surprise, **_norms(after, start)}
@@ -226,6 +234,24 @@ def _scan_from_mid_chunk(
 
 def _tokens(inputs: ScanInputs, start: int, stop: int | None) -> ScanInputs:
     return ScanInputs._make((*(None if x is None else x[:, start:stop] for x in inputs[:6]), *inputs[6:]))
+
+
+def _close_chunks(after: MemoryState, anchor: tuple[Tensor, ...], row_offsets: Tensor) -> MemoryState:
+    """The state after one token of rows at `row_offsets`: those at 0 have closed their chunk, the others keep `anchor`."""
+    closed = (row_offsets == 0)[:, None, None, None]
+    kept = tuple(torch.where(closed, w, a) for w, a in zip(after.weights, anchor, strict=True))
+    return MemoryState(after.weights, after.momentum, kept, 0, row_offsets)
+
+
+def _check_row_offsets(row_offsets: Tensor, q: Tensor, document_starts: Tensor | None) -> None:
+    if row_offsets.shape != q.shape[:1] or row_offsets.dtype != torch.int64:
+        raise ValueError(
+            f"state.row_offsets must be int64 [b] = [{q.shape[0]}], not {row_offsets.dtype} {_shape(row_offsets)}"
+        )
+    if q.shape[1] != 1 or document_starts is not None:
+        raise ValueError(
+            f"rows at different offsets go on by one token and without document_starts, not by {q.shape[1]}"
+        )
 
 
 def _check_document_starts(starts: Tensor | None, q: Tensor, offset: int, options: MemoryOptions) -> None:

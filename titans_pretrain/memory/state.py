@@ -49,6 +49,9 @@ class MemoryState(NamedTuple):
     """W at the start of the open chunk: the point at which the gradients of the chunk's tokens are taken."""
     offset: int
     """Tokens already consumed of the open chunk, 0 <= offset < chunk_size. At 0 the anchor is the weights."""
+    row_offsets: Tensor | None = None
+    """int64 [b]: the offset of each row where rows differ, which then go on one token at a time; `offset` is 0. The anchor
+    of a row whose offset is 0 is its weights, here too."""
 
     def first_row(self) -> MemoryState:
         """The state of the first sequence, b = 1."""

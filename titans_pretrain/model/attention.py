@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config import ModelConfig
@@ -17,6 +19,15 @@ class AttentionState(NamedTuple):
 
     keys: Tensor
     values: Tensor
+    row_lengths: Tensor | None = None
+    """int64 [b] where rows hold different numbers of tokens: each row's are its last ones, what is before them is not seen,
+    and the rows go on one token at a time."""
+
+    def visible(self) -> Tensor:
+        """bool [b, 1, 1, s + 1]: what the next token of each row sees of the keys, its own being the last."""
+        assert self.row_lengths is not None
+        distance = torch.arange(self.keys.shape[1], -1, -1, device=self.keys.device)
+        return (distance <= self.row_lengths[:, None])[:, None, None]
 
 
 class Attention(nn.Module):
@@ -58,7 +69,15 @@ class Attention(nn.Module):
         queries = rotate(self.heads(self.query(x)), rotary)
         keys, values = self.keys_and_values(x)
         keys = rotate(keys, rotary)
+        row_lengths = None
         if state is not None:
+            if state.row_lengths is not None:
+                assert x.shape[1] == 1, "rows of different lengths go on one token at a time"
+                seen = state.visible()
+                masks = (seen if persistent is None else F.pad(seen, (persistent.shape[0], 0), value=True),)
+                row_lengths = state.row_lengths + 1
+                if self.window is not None:
+                    row_lengths = row_lengths.clamp(max=self.window - 1)
             keys = self.sequence.extend(keys, state.keys, state.keys.shape[1])
             values = self.sequence.extend(values, state.values, state.values.shape[1])
         if self.window is None:
@@ -68,4 +87,4 @@ class Attention(nn.Module):
             prefix = None if persistent is None else self.keys_and_values(persistent)
             y = self.sequence.window_attention(queries, keys, values, self.window, prefix, masks=masks)
             kept = max(0, keys.shape[1] - (self.window - 1))
-        return self.output(y.flatten(-2)), AttentionState(keys[:, kept:], values[:, kept:])
+        return self.output(y.flatten(-2)), AttentionState(keys[:, kept:], values[:, kept:], row_lengths)

@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, masks: tuple[Tensor, ...] | None = None) -> Tensor:
     """Full causal attention of the last t of s tokens. q [b, t, h, d], k and v [b, s, h, d] -> [b, t, h, d]. `masks` of
-    `document_masks` keep it within documents (t = s)."""
+    `document_masks` keep it within documents (t = s); a mask of its own says what a single query sees (t = 1)."""
     t, s = q.shape[1], k.shape[1]
     if masks is not None:
         return _in_blocks(q, k, v, None, None, masks)
@@ -50,7 +50,7 @@ def window_attention(
     Args:
         q: [b, t, h, d], the last t of the s tokens. k, v: [b, s, h, d].
         prefix: keys and values [p, h, d] that every query sees.
-        masks: of `document_masks`, which keep attention within documents (t = s).
+        masks: of `document_masks`, which keep attention within documents (t = s), or what a single query sees (t = 1).
 
     Returns:
         [b, t, h, d].

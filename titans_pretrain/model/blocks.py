@@ -147,6 +147,9 @@ class MACState(NamedTuple):
     """Keys and values so far of the retrieved tokens and of the segment's own; None at the start of a segment."""
     place: int
     """Tokens of the open segment already consumed."""
+    row_places: Tensor | None = None
+    """int64 [b]: the place of each row where rows differ, which then go on one token at a time; `place` is 0. The context
+    then has room for a whole segment, filled from its beginning; what a row has not filled is not seen."""
 
 
 class MACBlock(Block):
@@ -179,6 +182,10 @@ class MACBlock(Block):
         prefix = None if self.persistent is None else self.attention.keys_and_values(self.persistent)
         if state is None:
             state = self._start(x, recall_tail)
+        if state.row_places is not None:
+            own = AttentionState(keys, values)
+            output, state = self._token_of_rows(tokens, recall_queries, queries, own, prefix, rotary, state)
+            return x + output, state._replace(recall_tail=recall_tail)
 
         outputs = []
         start = 0
@@ -247,6 +254,57 @@ class MACBlock(Block):
             memory = memory.close_chunk()
             state = state._replace(memory=memory, recalled=memory.memory.weights, context=None, place=0)
         return self.gate(y, m), state
+
+    def _token_of_rows(
+        self,
+        tokens: Tensor,
+        recall_queries: Tensor,
+        queries: Tensor,
+        own: AttentionState,
+        prefix: tuple[Tensor, Tensor] | None,
+        rotary: tuple[Tensor, Tensor],
+        state: MACState,
+    ) -> tuple[Tensor, MACState]:
+        """`_segment` for one token of each row, the rows at different places of their segments."""
+        assert tokens.shape[1] == 1, "rows at different places go on one token at a time"
+        assert state.row_places is not None
+        assert state.context is not None
+        places, every = state.row_places, self.retrieve_every
+        retrieved = self.memory.recall(state.recalled, recall_queries, tokens)
+        h_keys, h_values = self.attention.keys_and_values(retrieved)
+        stays = places % every == every - 1
+        h = _put(state.context[0], AttentionState(rotate(h_keys, rotary), h_values), (places // every).where(stays, -1))
+        own = _put(state.context[1], own, places)
+        seen = torch.cat((_first(h.keys, (places + 1) // every), _first(own.keys, places + 1)), dim=1)
+        all_keys, all_values = torch.cat((h.keys, own.keys), dim=1), torch.cat((h.values, own.values), dim=1)
+        if prefix is not None:
+            all_keys, all_values = with_prefix(prefix[0], all_keys), with_prefix(prefix[1], all_values)
+            seen = F.pad(seen, (prefix[0].shape[0], 0), value=True)
+        y = self.attention.output(attend(queries, all_keys, all_values, seen[:, None, None]).flatten(-2))
+        m, layer = self.memory(self.memory_norm(y), state.memory)
+
+        places = (places + 1) % self.segment_len
+        ended = places == 0
+        at = ended[:, None, None, None]
+        memory = layer.memory
+        recalled = tuple(torch.where(at, w, r) for w, r in zip(memory.weights, state.recalled, strict=True))
+        anchor = tuple(torch.where(at, w, a) for w, a in zip(memory.weights, memory.anchor, strict=True))
+        offsets = memory.row_offsets
+        if offsets is not None:
+            memory = memory._replace(anchor=anchor, row_offsets=offsets.masked_fill(ended, 0))
+        state = MACState(layer._replace(memory=memory), recalled, state.recall_tail, (h, own), 0, places)
+        return self.gate(y, m), state
+
+
+def _put(context: AttentionState, new: AttentionState, at: Tensor) -> AttentionState:
+    """`context` [b, s, ...] with the one token of `new` at place `at` [b] of each row; -1: nowhere."""
+    here = (torch.arange(context.keys.shape[1], device=at.device) == at[:, None])[..., None, None]
+    return AttentionState(torch.where(here, new.keys, context.keys), torch.where(here, new.values, context.values))
+
+
+def _first(keys: Tensor, count: Tensor) -> Tensor:
+    """keys [b, s, ...], count [b] -> bool [b, s]: the first `count` of each row."""
+    return torch.arange(keys.shape[1], device=count.device) < count[:, None]
 
 
 def _at(rotary: tuple[Tensor, Tensor], tokens: slice) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,11 @@ class ModelState(NamedTuple):
     """Everything the next token needs."""
 
     position: int
-    """Tokens consumed so far."""
+    """Tokens consumed so far; of the longest row where rows differ."""
     blocks: tuple[Any, ...]
     """One state per block."""
+    row_positions: Tensor | None = None
+    """int64 [b]: tokens consumed by each row, where rows differ; see model/rows.py."""
 
 
 def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
@@ -119,16 +121,26 @@ class Titans(nn.Module):
     def hidden(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """tokens int64 [b, t], the next t of each sequence -> final hidden states [b, t, c] and the state after them.
 
-        Under every layout the tokens are those of the whole sequence, on each rank."""
+        Under every layout the tokens are those of the whole sequence, on each rank.
+
+        Raises:
+            ValueError: rows at different positions (state.row_positions) and more than one token; see model/rows.py.
+        """
         position = 0 if state is None else state.position
+        row_positions = None if state is None else state.row_positions
+        if row_positions is not None and tokens.shape[1] != 1:
+            raise ValueError(
+                f"rows at different positions go on one token at a time, not {tokens.shape[1]}; model.rows.read_rows takes more"
+            )
         x = self.embedding(tokens)
         states = []
         with self.sequence.whole():
-            rotary = self._rotary(position, tokens)
+            rotary = self._rotary(position, tokens) if row_positions is None else self._rotary_of_rows(row_positions)
             for i, block in enumerate(self.blocks):
                 x, block_state = block(x, rotary, None if state is None else state.blocks[i])
                 states.append(block_state)
-        return self.norm(x), ModelState(position + tokens.shape[1], tuple(states))
+        after = None if row_positions is None else row_positions + 1
+        return self.norm(x), ModelState(position + tokens.shape[1], tuple(states), after)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [b, t, c] -> fp32 logits [b, t, v]."""
@@ -154,3 +166,7 @@ class Titans(nn.Module):
     def _rotary(self, start: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         positions = self.sequence.positions(start, tokens.shape[1], tokens.device)
         return rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+
+    def _rotary_of_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The table of one token a row, the rows at `positions` [b]."""
+        return rotary_table(positions[:, None], self.config.head_dim, self.config.rope_theta)
