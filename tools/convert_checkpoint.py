@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,11 @@ if not __package__:  # started as a file: the packages lie beside its folder
 import titans_pretrain
 from titans_pretrain.config import config_from_dict
 from titans_pretrain.errors import UserError, exit_on_user_error
-from titans_pretrain.inference.export import DTYPES, EXPORT_NAMES, is_export, write_export
+from titans_pretrain.inference.export import DTYPES, EXPORT_NAMES, MAX_SHARD_BYTES, is_export, write_export
+from titans_pretrain.inference.huggingface.flatten import modelling_files
 from titans_pretrain.inference.verify import Comparison
-from titans_pretrain.train.checkpoint import full_fp32_weights, read_manifest
+from titans_pretrain.train.checkpoint import read_manifest
+from titans_pretrain.train.saved_state import StoredWeights
 from tools.checkpoint_commands import add_inspect, add_reshape, add_verify
 from tools.choose_checkpoint import add_source, choose_checkpoint
 
@@ -69,6 +74,13 @@ def add_export(commands: Any) -> None:
         default="auto",
         help="where the export is verified (default: CUDA if there)",
     )
+    parser.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=MAX_SHARD_BYTES,
+        metavar="N",
+        help=f"weights above this go into several files (default {MAX_SHARD_BYTES:,})",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an exported model")
     parser.set_defaults(run=export)
 
@@ -84,7 +96,9 @@ def export(options: argparse.Namespace) -> None:
         )
     checkpoint = choose_checkpoint(options.source, options.checkpoint)
     manifest = read_manifest(checkpoint)
-    weights = full_fp32_weights(checkpoint)
+    if options.max_shard_bytes <= 0:
+        raise UserError(f"--max-shard-bytes must be above 0, not {options.max_shard_bytes}")
+    weights = StoredWeights(checkpoint, manifest)
     config = config_from_dict(manifest["config"])
     facts = {
         "checkpoint": checkpoint.name,
@@ -101,7 +115,9 @@ def export(options: argparse.Namespace) -> None:
         # Rounded weights can only be compared loosely, so a bf16 export is first written and compared unrounded.
         for dtype in dict.fromkeys(("fp32", options.dtype)):
             shutil.rmtree(temporary, ignore_errors=True)
-            write_export(temporary, config, weights, checkpoint / "tokenizer.model", facts, dtype)
+            write_export(
+                temporary, config, weights, checkpoint / "tokenizer.model", facts, dtype, options.max_shard_bytes
+            )
             precision = config.engine.precision
             comparison = verify_in_fresh_process(
                 temporary, checkpoint / "logits.safetensors", precision, options.device
@@ -117,7 +133,9 @@ def export(options: argparse.Namespace) -> None:
         raise UserError(f"the export could not be written to {out}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    parameters = json.loads((out / "config.json").read_text())["parameters"]
+    if not (out / "tokenizer.json").is_file():
+        print("note: AutoTokenizer has no counterpart of this tokenizer's algorithm; there is only tokenizer.model")
+    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
     size = sum(file.stat().st_size for file in out.iterdir())
     print(
         f"exported {checkpoint} to {out}: {parameters / 1e6:.2f} M parameters in {options.dtype}, {size / 1e6:.1f} MB"
@@ -139,7 +157,11 @@ def verify_in_fresh_process(folder: Path, logits_file: Path, precision: str, dev
     ]
     root = str(Path(titans_pretrain.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    with tempfile.TemporaryDirectory() as cache:  # transformers copies the modelling code before it loads it
+        quiet = {"HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        result = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **quiet}
+        )
     try:
         return Comparison(**json.loads(result.stdout))
     except (ValueError, TypeError):
@@ -167,9 +189,15 @@ def clear_leftover(folder: Path) -> None:
     """Remove what a killed export left at `folder`, and nothing that could be somebody's."""
     if not folder.exists():
         return
-    if not folder.is_dir() or {file.name for file in folder.iterdir()} - set(EXPORT_NAMES):
+    if not folder.is_dir() or not all(_is_ours(file.name) for file in folder.iterdir()):
         raise UserError(f"{folder} is in the way and is not what a killed export leaves; move it or choose another OUT")
     shutil.rmtree(folder)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an export, of this version or the one before, has a file of that name."""
+    known = {*EXPORT_NAMES, *modelling_files()}
+    return name in known or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
 
 
 if __name__ == "__main__":

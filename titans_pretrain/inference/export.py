@@ -1,16 +1,21 @@
 """What is an exported model? A folder with the weights, the resolved config and the tokenizer: written here, read here.
 
-config.json         format and version, dtype of the weights, the whole resolved config of the run, facts of the training,
-                    size and sha256 of the other two files
-model.safetensors   every parameter by the name it has in `model.titans.Titans`, fp32 or bf16
-tokenizer.model     the SentencePiece model
-README.md           the same facts for people
+titans_export.json   format and version, dtype of the weights, the whole resolved config of the run, facts of the training,
+                     size and sha256 of every other file
+config.json, generation_config.json, *.py
+                     what transformers loads: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+model.safetensors    every parameter, `model.` before the name it has in `model.titans.Titans`, fp32 or bf16; above a size in
+                     several files, with model.safetensors.index.json
+tokenizer.model      the SentencePiece model; tokenizer.json and tokenizer_config.json: the same for AutoTokenizer
+README.md            the facts for people
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,27 +27,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from titans_pretrain.config import Config, config_from_dict, config_to_dict
+from titans_pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict
 from titans_pretrain.data.atomic import sha256_of
 from titans_pretrain.errors import UserError
+from titans_pretrain.inference.huggingface.files import generation_config, tokenizer_files, transformers_config
+from titans_pretrain.inference.huggingface.flatten import modelling_files
 from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.model.titans import Titans
 
 FORMAT = "titans_pretrain export"
-FORMAT_VERSION = 1
-CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.model",
-    "README.md",
+FORMAT_VERSION = 2
+DESCRIPTION_NAME, TOKENIZER_NAME, CARD_NAME = "titans_export.json", "tokenizer.model", "README.md"
+CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME = "config.json", "generation_config.json", "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+EXPORT_NAMES = (
+    *(DESCRIPTION_NAME, TOKENIZER_NAME, CARD_NAME, CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME, INDEX_NAME),
+    *("tokenizer.json", "tokenizer_config.json"),
 )
-EXPORT_NAMES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME)
+"""Besides the modelling code and the parts of large weights."""
+PREFIX = "model."
+"""Before every parameter's name: what transformers' class calls its `Titans`."""
+MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What config.json says besides the weights' own description."""
+    """What titans_export.json says besides the weights' own description."""
 
     config: Config
     """The run's config, sizes resolved."""
@@ -50,6 +61,8 @@ class ExportInfo:
     """fp32 or bf16: how the weights are stored."""
     training: dict[str, Any]
     """Step, tokens, fingerprints: see `write_export`."""
+    weights: list[str]
+    """Names of the weights' files."""
 
 
 class Export(NamedTuple):
@@ -70,15 +83,18 @@ def write_export(
     tokenizer_file: Path,
     training: dict[str, Any],
     dtype: str = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the four files into the new folder `folder`.
+    """Write the new folder `folder`.
 
     Args:
         config: of the run; `model.vocab_size` must be above 0. Sizes left to derive are stored derived, so an export keeps
             its meaning if a default changes.
-        weights: full fp32 parameters by name; a tied matrix may come under both of its names and is stored once.
+        weights: full fp32 parameters by name, asked for one after another and not kept; a tied matrix may come under both
+            of its names and is stored once.
         training: JSON-ready facts, stored as they are.
         dtype: fp32 or bf16.
+        max_shard_bytes: of a weights file; a larger parameter has a file of its own.
 
     Raises:
         UserError: the weights do not fit the config.
@@ -96,45 +112,97 @@ def write_export(
         skeleton = Titans(model)
     wanted = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     tied = skeleton.state_dict().keys() - wanted.keys()
-    weights = {name: w for name, w in weights.items() if name not in tied}
-    _check_names_and_shapes({name: tuple(w.shape) for name, w in weights.items()}, wanted, "the checkpoint")
+    names = [name for name in weights if name not in tied]
+    _check_names_and_shapes({name: tuple(weights[name].shape) for name in names}, wanted, "the checkpoint")
     folder.mkdir(parents=True)
-    tensors = {name: w.detach().to(DTYPES[dtype]).contiguous() for name, w in weights.items()}
-    try:
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    except SafetensorError as error:  # its way of reporting a full disk
-        raise OSError(f"writing {folder / WEIGHTS_NAME}: {error}") from error
+    _write_weights(folder, wanted, weights, DTYPES[dtype], max_shard_bytes)
     shutil.copyfile(tokenizer_file, folder / TOKENIZER_NAME)
+    tokenizer = Tokenizer(tokenizer_file)
+    texts = {
+        CONFIG_NAME: json_text(transformers_config(config, tokenizer, dtype)),
+        GENERATION_NAME: json_text(generation_config(tokenizer)),
+        **modelling_files(),
+        **tokenizer_files(tokenizer_file),
+        CARD_NAME: _card(config.model, sum(map(math.prod, wanted.values())), dtype, training),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "dtype": dtype,
-        "parameters": sum(w.numel() for w in weights.values()),
+        "parameters": sum(map(math.prod, wanted.values())),
         "training": training,
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-            for name in (WEIGHTS_NAME, TOKENIZER_NAME)
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
         },
         "config": config_to_dict(config),
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / CARD_NAME).write_text(_card(description), encoding="utf-8")
+    (folder / DESCRIPTION_NAME).write_text(json_text(description), encoding="utf-8")
 
 
-def _card(description: Mapping[str, Any]) -> str:
-    model = description["config"]["model"]
+def json_text(value: Any) -> str:
+    """As the JSON files of an export are written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int
+) -> None:
+    """Parameters in files of up to `limit` bytes. At most one file's tensors are in memory."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        more = math.prod(shape) * dtype.itemsize
+        if groups[-1] and size + more > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += more
+    count = len(groups)
+    files = [WEIGHTS_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for file, names in zip(files, groups, strict=True):
+        tensors = {PREFIX + name: weights[name].detach().to(dtype).contiguous() for name in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # its way of reporting a full disk
+            raise OSError(f"writing {folder / file}: {error}") from error
+    if count > 1:
+        places = {PREFIX + name: file for file, names in zip(files, groups, strict=True) for name in names}
+        total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX_NAME).write_text(json_text(index), encoding="utf-8")
+
+
+def _card(model: ModelConfig, parameters: int, dtype: str, training: Mapping[str, Any]) -> str:
     lines = [
-        f"# Titans language model ({model['variant']}, {description['parameters'] / 1e6:.1f} M parameters)",
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [titans]",
+        "---",
         "",
-        f"A {model['variant']} model of {model['num_layers']} blocks, width {model['dim']}, vocabulary {model['vocab_size']},",
-        f"pretrained with titans_pretrain; weights in {description['dtype']}. Architecture: arXiv 2501.00663.",
+        f"# Titans language model ({model.variant}, {parameters / 1e6:.1f} M parameters)",
+        "",
+        f"A {model.variant} model of {model.num_layers} blocks, width {model.dim}, vocabulary {model.vocab_size},",
+        f"pretrained with titans_pretrain; weights in {dtype}. Architecture: arXiv 2501.00663.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in description["training"].items()),
+        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in training.items()),
         "",
-        "Continue a text: `python tools/generate.py THIS_FOLDER --prompt TEXT`.",
-        "From Python: `titans_pretrain.inference.export.load_export(THIS_FOLDER)`.",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        "```",
+        "",
+        "Needs torch and transformers; the model's code is in this folder. Its cache is the memory's state, whose size does",
+        "not depend on the length of the text (except for the variant `transformer`). With the package itself:",
+        "`python tools/generate.py THIS_FOLDER --prompt TEXT`, or `titans_pretrain.inference.export.load_export`.",
         "",
     ]
     return "\n".join(lines)
@@ -154,10 +222,7 @@ def load_export(path: str | Path, device: str | torch.device = "cpu", dtype: str
         UserError: a file is missing, damaged (size, sha256), of another format, or does not fit the config.
     """
     folder = Path(path)
-    description = _read_description(folder)
-    info = _check_description(folder, description)
-    for name in (WEIGHTS_NAME, TOKENIZER_NAME):
-        _check_file(folder / name, description["files"].get(name))
+    info = load_info(folder)
     tokenizer = Tokenizer(folder / TOKENIZER_NAME)
     model_config = info.config.model
     if tokenizer.vocab_size > model_config.vocab_size:
@@ -166,22 +231,41 @@ def load_export(path: str | Path, device: str | torch.device = "cpu", dtype: str
             "they are not of the same model"
         )
     model = Titans(model_config).to(device=device, dtype=DTYPES[dtype or info.dtype])
-    _read_weights(folder / WEIGHTS_NAME, model)
+    _read_weights(folder, info.weights, model)
     return Export(model.eval().requires_grad_(False), tokenizer, info)
 
 
 def read_info(path: str | Path) -> ExportInfo:
-    """What config.json says, without reading the weights. Raises UserError as `load_export` does."""
+    """What titans_export.json says, without reading the weights. Raises UserError as `load_export` does."""
     return _check_description(Path(path), _read_description(Path(path)))
+
+
+def load_info(path: str | Path) -> ExportInfo:
+    """`read_info`, once every file has the size and checksum it was written with.
+
+    Raises:
+        UserError: as `load_export` does, naming the file.
+    """
+    folder = Path(path)
+    description = _read_description(folder)
+    info = _check_description(folder, description)
+    for name, recorded in description["files"].items():
+        _check_file(folder / name, recorded)
+    return info
 
 
 def is_export(folder: Path) -> bool:
     """Whether `folder` holds an export of any version."""
+    return any(_read_json(folder / name).get("format") == FORMAT for name in (DESCRIPTION_NAME, CONFIG_NAME))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} for a file that is not there or is something else."""
     try:
-        description = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(description, dict) and description.get("format") == FORMAT
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -189,8 +273,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"there is no exported model at {folder}; make one with: python tools/convert_checkpoint.py export RUN {folder}"
         )
-    config_file = folder / CONFIG_NAME
-    if not config_file.is_file():
+    file = folder / DESCRIPTION_NAME
+    if not file.is_file():
+        old = _read_json(folder / CONFIG_NAME)
+        if old.get("format") == FORMAT:
+            raise UserError(_other_version(folder, old.get("format_version")))
         kind = (
             "a run folder"
             if (folder / "checkpoints").is_dir()
@@ -198,45 +285,47 @@ def _read_description(folder: Path) -> dict[str, Any]:
             if (folder / "manifest.json").is_file()
             else ""
         )
-        found = (
-            f"is {kind}, not an exported model" if kind else f"holds no {CONFIG_NAME}, so it is not an exported model"
-        )
+        found = f"is {kind}, not an exported model" if kind else f"holds no {file.name}, so it is not an exported model"
         raise UserError(f"{folder} {found}; make one with: python tools/convert_checkpoint.py export RUN OUT")
     try:
-        description = json.loads(config_file.read_text(encoding="utf-8"))
+        description = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{config_file} is damaged: {error}") from error
+        raise UserError(f"{file} is damaged: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(
-            f"{config_file} is not the config of a model exported by titans_pretrain (no format: {FORMAT!r})"
-        )
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has export format version {version}, this program reads version {FORMAT_VERSION}; "
-            "export again from the checkpoint, or use the program's version that wrote it"
-        )
+        raise UserError(f"{file} is not of a model exported by titans_pretrain (no format: {FORMAT!r})")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise UserError(_other_version(folder, description.get("format_version")))
     return description
+
+
+def _other_version(folder: Path, version: Any) -> str:
+    return (
+        f"{folder} has export format version {version}, this program reads version {FORMAT_VERSION}; "
+        "export again from the checkpoint, or use the program's version that wrote it"
+    )
 
 
 def _check_description(folder: Path, description: Mapping[str, Any]) -> ExportInfo:
     kinds = {"config": dict, "training": dict, "files": dict, "dtype": str}
     for key, kind in kinds.items():
         if not isinstance(description.get(key), kind):
-            raise UserError(f"{folder / CONFIG_NAME} is damaged: {key} is missing or of the wrong type; export again")
+            raise UserError(
+                f"{folder / DESCRIPTION_NAME} is damaged: {key} is missing or of the wrong type; export again"
+            )
     tree = description["config"]
     if not all(isinstance(section, dict) for section in tree.values()):
-        raise UserError(f"{folder / CONFIG_NAME} is damaged: a section of config is not a mapping; export again")
+        raise UserError(f"{folder / DESCRIPTION_NAME} is damaged: a section of config is not a mapping; export again")
     try:
         config = config_from_dict(tree)
     except UserError as error:
-        raise UserError(f"{folder / CONFIG_NAME}: {error}") from error
+        raise UserError(f"{folder / DESCRIPTION_NAME}: {error}") from error
     if config.model.vocab_size <= 0 or description["dtype"] not in DTYPES:
         raise UserError(
-            f"{folder / CONFIG_NAME} is damaged: model.vocab_size is {config.model.vocab_size} and dtype is "
+            f"{folder / DESCRIPTION_NAME} is damaged: model.vocab_size is {config.model.vocab_size} and dtype is "
             f"{description['dtype']!r}; export again"
         )
-    return ExportInfo(config, description["dtype"], description["training"])
+    weights = sorted(name for name in description["files"] if name.endswith(".safetensors"))
+    return ExportInfo(config, description["dtype"], description["training"], weights)
 
 
 def _check_file(path: Path, recorded: Any) -> None:
@@ -247,28 +336,32 @@ def _check_file(path: Path, recorded: Any) -> None:
     size = path.stat().st_size
     if size != expected.get("bytes"):
         raise UserError(
-            f"{path} has {size} bytes, {CONFIG_NAME} records {expected.get('bytes')}; copy it again or export again"
+            f"{path} has {size} bytes, {DESCRIPTION_NAME} records {expected.get('bytes')}; copy it again or export again"
         )
     actual = sha256_of(path)
     if actual != expected.get("sha256"):
         raise UserError(
-            f"{path} is damaged: its sha256 is {actual[:16]}..., {CONFIG_NAME} records {str(expected.get('sha256'))[:16]}...; "
-            "copy it again or export again"
+            f"{path} is damaged: its sha256 is {actual[:16]}..., {DESCRIPTION_NAME} records "
+            f"{str(expected.get('sha256'))[:16]}...; copy it again or export again"
         )
 
 
-def _read_weights(path: Path, model: Titans) -> None:
-    """Copy the file's tensors into `model`, one at a time: the peak is one model and one tensor."""
+def _read_weights(folder: Path, files: list[str], model: Titans) -> None:
+    """Copy the files' tensors into `model`, one at a time: the peak is one model and one tensor."""
+    parameters = dict(model.named_parameters())
+    found: dict[str, tuple[int, ...]] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            parameters = dict(model.named_parameters())
-            _check_names_and_shapes(found, {n: tuple(p.shape) for n, p in parameters.items()}, str(path))
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(folder / file, framework="pt")) for file in files]
+            for file in opened:
+                found |= {n.removeprefix(PREFIX): tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            _check_names_and_shapes(found, {n: tuple(p.shape) for n, p in parameters.items()}, str(folder))
             with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(file.get_tensor(name))
+                for file in opened:
+                    for name in file.keys():  # noqa: SIM118 - not a mapping
+                        parameters[name.removeprefix(PREFIX)].copy_(file.get_tensor(name))
     except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again or export again") from error
+        raise UserError(f"{folder}: not readable safetensors: {error}; copy it again or export again") from error
 
 
 def _check_names_and_shapes(

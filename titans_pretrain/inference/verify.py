@@ -2,17 +2,20 @@
 
     python -m titans_pretrain.inference.verify EXPORT LOGITS_FILE PRECISION [DEVICE]
 
-prints one JSON object (`Comparison`) and ends with code 0 when they agree, 1 when they do not.
+prints one JSON object (`Comparison`) and ends with code 0 when they agree, 1 when they do not. Where transformers is
+installed the model is the one that it makes of the export's own files, else this package's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from titans_pretrain.errors import UserError, exit_on_user_error
-from titans_pretrain.inference.export import load_export, read_info
+from titans_pretrain.inference.export import DTYPES, load_export, load_info, read_info
 
 FP32_TOLERANCE = 1e-5
 """Largest absolute difference of a logit over the largest logit (or over 1, if that is larger) when trainer and export both
@@ -47,6 +50,8 @@ class Comparison:
     """Largest absolute difference of a logit."""
     relative_rms: float
     """Root mean square difference over root mean square of the logits, both with the mean over the vocabulary removed."""
+    loaded_by: str
+    """transformers, or titans_pretrain where that is not installed."""
     computed_in: str
     """fp32, or bf16 when the trainer computed or the export stores in bf16."""
     tolerance: float
@@ -58,10 +63,12 @@ class Comparison:
         else:
             measured = f"relative RMS difference {self.relative_rms:.2g}, tolerance {self.tolerance:.2g}"
             measured += f" (largest difference {self.max_difference:.2g})"
-        return f"logits of {self.tokens} tokens, computed in {self.computed_in}: {measured}"
+        return (
+            f"logits of {self.tokens} tokens, computed in {self.computed_in} by what {self.loaded_by} loads: {measured}"
+        )
 
 
-def compare(expected: Tensor, actual: Tensor, computed_in: str, num_layers: int) -> Comparison:
+def compare(expected: Tensor, actual: Tensor, computed_in: str, num_layers: int, loaded_by: str = "") -> Comparison:
     """expected, actual: fp32 logits [1, n, v] of a model of `num_layers` blocks. NaN on either side never agrees."""
     difference = (actual - expected).double()
     max_difference = difference.abs().max().item()
@@ -74,7 +81,9 @@ def compare(expected: Tensor, actual: Tensor, computed_in: str, num_layers: int)
         measured, tolerance = max_difference, FP32_TOLERANCE * max(1.0, expected.abs().max().item())
     else:
         measured, tolerance = relative_rms, BF16_TOLERANCE * math.sqrt(num_layers)
-    return Comparison(expected.shape[1], max_difference, relative_rms, computed_in, tolerance, measured <= tolerance)
+    return Comparison(
+        expected.shape[1], max_difference, relative_rms, loaded_by, computed_in, tolerance, measured <= tolerance
+    )
 
 
 def read_logits(path: Path) -> tuple[Tensor, Tensor]:
@@ -107,17 +116,30 @@ def verify_export(folder: Path, logits_file: Path, precision: str, device: str =
     """
     tokens, expected = read_logits(logits_file)
     computed_in = "bf16" if "bf16" in (precision, read_info(folder).dtype) else "fp32"
-    model = load_export(folder, device, computed_in).model
-    if expected.shape[-1] != model.config.vocab_size:
+    config = load_info(folder).config.model
+    if expected.shape[-1] != config.vocab_size:
         raise UserError(
-            f"{logits_file} has logits over {expected.shape[-1]} tokens, the model's vocabulary has {model.config.vocab_size}"
+            f"{logits_file} has logits over {expected.shape[-1]} tokens, the model's vocabulary has {config.vocab_size}"
         )
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
-        raise UserError(
-            f"{logits_file} is damaged: it holds token ids outside the vocabulary of {model.config.vocab_size}"
-        )
-    hidden, _ = model.hidden(tokens.to(device))
-    return compare(expected, model.logits(hidden).cpu(), computed_in, model.config.num_layers)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+        raise UserError(f"{logits_file} is damaged: it holds token ids outside the vocabulary of {config.vocab_size}")
+    by_transformers = importlib.util.find_spec("transformers") is not None
+    logits_of = _by_transformers if by_transformers else _by_this_package
+    logits = logits_of(folder, device, computed_in, tokens.to(device)).float().cpu()
+    loaded_by = "transformers" if by_transformers else "titans_pretrain (transformers is not installed)"
+    return compare(expected, logits, computed_in, config.num_layers, loaded_by)
+
+
+def _by_transformers(folder: Path, device: str, dtype: str, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=DTYPES[dtype])
+    return model.to(device)(tokens, use_cache=False).logits
+
+
+def _by_this_package(folder: Path, device: str, dtype: str, tokens: Tensor) -> Tensor:
+    model = load_export(folder, device, dtype).model
+    return model.logits(model.hidden(tokens)[0])
 
 
 @exit_on_user_error

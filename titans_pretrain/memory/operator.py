@@ -10,6 +10,7 @@ first call, and checks the results for aliases at every call.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -20,6 +21,10 @@ from torch import Tensor
 from titans_pretrain.memory import closed_form, triton
 from titans_pretrain.memory.path import ResultGradients, ScanInputs, ScanPath, ScanResult
 from titans_pretrain.memory.state import MemoryOptions
+
+# A copy of this file in an export may be loaded beside it (inference/huggingface), and an operator's name is one for all.
+NAMESPACE = "titans_pretrain" if __name__ == "titans_pretrain.memory.operator" else re.sub(r"\W", "_", __name__)
+_operators = getattr(torch.ops, NAMESPACE)
 
 PATHS = {"closed_form": cast(ScanPath, closed_form), "triton": cast(ScanPath, triton)}
 
@@ -47,7 +52,7 @@ def scan(path: str, inputs: ScanInputs, offset: int, options: MemoryOptions, wan
         with _without_autocast(inputs.q):
             return PATHS[path].forward(inputs, offset, options, want_surprise, False)
     arguments = (*(list(x) if isinstance(x, tuple) else x for x in inputs), offset, *_settings(options), path)
-    flat = torch.ops.titans_pretrain.memory_scan.default(*arguments, want_surprise, save)
+    flat = _operators.memory_scan.default(*arguments, want_surprise, save)
     return _unflatten_result(flat, inputs, offset, options)._replace(saved=())
 
 
@@ -126,7 +131,7 @@ def _run_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     arguments = (*fields, *ctx.arguments[_NUM_INPUTS:])
     inputs, offset, options, _ = parse(arguments)
     given = _unflatten_result(list(grads), inputs, offset, options)
-    flat = torch.ops.titans_pretrain.memory_scan_backward.default(
+    flat = _operators.memory_scan_backward.default(
         *arguments,
         list(tensors),
         given.out,
@@ -144,7 +149,7 @@ def _refuse_second_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[A
     )
 
 
-_library = torch.library.Library("titans_pretrain", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _rest, _kernel, _like in (
     ("memory_scan", "bool want_surprise, bool save", _forward, _forward_like),
     (
@@ -157,11 +162,9 @@ for _name, _rest, _kernel, _like in (
     _library.define(f"{_name}({_SCHEMA_OF_INPUTS}, {_rest}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, _kernel, "CUDA")
-    torch.library.register_fake(f"titans_pretrain::{_name}", _like, lib=_library)
-torch.library.register_autograd(
-    "titans_pretrain::memory_scan", _run_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("titans_pretrain::memory_scan_backward", _refuse_second_gradient, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _like, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::memory_scan", _run_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::memory_scan_backward", _refuse_second_gradient, lib=_library)
 
 
 # ------------------------------------------------------------------------------------------------- flat and back again

@@ -28,7 +28,7 @@ from titans_pretrain.data.mixture import Sources
 from titans_pretrain.errors import UserError
 from titans_pretrain.parallel.grid import Grid
 from titans_pretrain.train.durable import write_file
-from titans_pretrain.train.saved_state import SavedState
+from titans_pretrain.train.saved_state import SavedState, StoredWeights
 
 if TYPE_CHECKING:  # reading a checkpoint's manifest must not import DeepSpeed
     from titans_pretrain.train.engine import Engine
@@ -308,6 +308,4 @@ def full_fp32_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the folder is not a complete checkpoint.
     """
-    saved = SavedState(Path(checkpoint), read_manifest(checkpoint))
-    weights = {name: saved.whole(name, "weight").clone() for name in saved.shapes}
-    return weights | dict.fromkeys(saved.tied, weights["embedding.weight"])
+    return {name: w.clone() for name, w in StoredWeights(Path(checkpoint), read_manifest(checkpoint)).items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +99,23 @@ class SavedState:
             # Only the vocabulary is ever uneven.
             shape[dim] = rows_per_rank(shape[dim], self.tensor)
         return shape
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The full fp32 weights in a checkpoint by name, read when asked for; a tied head under both of its names."""
+
+    def __init__(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        self._saved = SavedState(checkpoint, manifest)
+        self.shapes = self._saved.shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._saved.whole("embedding.weight" if name in self._saved.tied else name, "weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._saved.shapes, *self._saved.tied])
+
+    def __len__(self) -> int:
+        return len(self._saved.shapes) + len(self._saved.tied)
 
 
 class _Whole:
