@@ -36,13 +36,13 @@ def test_loaded_export_is_the_exported_model(variant: str, tmp_path: Path, token
 def test_derived_sizes_are_stored_derived(tmp_path: Path, tokenizer_file: Path) -> None:
     """So that an export keeps its meaning when a default changes."""
     tiny_export(tmp_path / "export", tokenizer_file, "mag", hidden_dim=0)
-    model = json.loads((tmp_path / "export" / "config.json").read_text())["config"]["model"]
+    model = json.loads((tmp_path / "export" / "titans_export.json").read_text())["config"]["model"]
     assert (model["hidden_dim"], model["memory_heads"], model["memory_theta_max"]) == (128, 2, 1 / 16)
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path, tokenizer_file: Path) -> None:
     tiny_export(tmp_path / "export", tokenizer_file, "lmm", tie_embeddings=True)
-    assert "head.weight" not in load_file(tmp_path / "export" / "model.safetensors")
+    assert "model.head.weight" not in load_file(tmp_path / "export" / "model.safetensors")
     model = load_export(tmp_path / "export").model
     assert model.head.weight is model.embedding.weight
 
@@ -65,9 +65,9 @@ def test_bf16_is_the_rounded_weights_in_half_the_bytes(tmp_path: Path, tokenizer
 
 def edit_config(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        description = json.loads((folder / "config.json").read_text())
+        description = json.loads((folder / "titans_export.json").read_text())
         change(description)
-        (folder / "config.json").write_text(json.dumps(description))
+        (folder / "titans_export.json").write_text(json.dumps(description))
 
     return edit
 
@@ -97,28 +97,47 @@ def other_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callab
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no exported model at .*convert_checkpoint.py export"),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-    "run folder": (lambda f: [(f / "config.json").unlink(), (f / "checkpoints").mkdir()], "is a run folder"),
-    "checkpoint": (lambda f: [(f / "config.json").unlink(), (f / "manifest.json").touch()], "is a checkpoint"),
-    "config cut": (lambda f: (f / "config.json").write_text('{"format": "ti'), "damaged"),
+    "no config": (lambda f: (f / "titans_export.json").unlink(), "holds no titans_export.json"),
+    "run folder": (lambda f: [(f / "titans_export.json").unlink(), (f / "checkpoints").mkdir()], "is a run folder"),
+    "checkpoint": (lambda f: [(f / "titans_export.json").unlink(), (f / "manifest.json").touch()], "is a checkpoint"),
+    "config cut": (lambda f: (f / "titans_export.json").write_text('{"format": "ti'), "damaged"),
     "config not ours": (
-        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-        "not the config of a model",
+        lambda f: (f / "titans_export.json").write_text('{"model_type": "llama"}'),
+        "is not of a model exported",
     ),
-    "version": (edit_config(lambda d: d.update(format_version=2)), "version 2, this program reads version 1"),
+    "version": (edit_config(lambda d: d.update(format_version=3)), "version 3, this program reads version 2"),
     "no dtype": (edit_config(lambda d: d.pop("dtype")), "dtype is missing"),
     "other dtype": (edit_config(lambda d: d.update(dtype="fp8")), "dtype is 'fp8'"),
     "section": (edit_config(lambda d: d["config"].update(model=3)), "not a mapping"),
     "unknown key": (edit_config(lambda d: d["config"]["model"].update(widow=3)), "widow.*did you mean model.window"),
+    "first version": (
+        lambda f: [
+            (f / "titans_export.json").unlink(),
+            (f / "config.json").write_text('{"format": "titans_pretrain export", "format_version": 1}'),
+        ],
+        "version 1, this program reads version 2",
+    ),
+    "code edited": (
+        lambda f: (f / "titans_memory_scan.py").write_text("pass\n"),
+        "titans_memory_scan.py has 5 bytes, titans_export.json records",
+    ),
+    "config edited": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("titans", "tutans")),
+        "config.json is damaged: its sha256",
+    ),
+    "tokenizer.json gone": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing"),
-    "weights cut": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "has 99 bytes, config.json records"),
+    "weights cut": (
+        lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
+        "has 99 bytes, titans_export.json records",
+    ),
     "flipped bit": (flip_a_weight_bit, "sha256"),
-    "not safetensors": (lambda f: replace_weights(f, b"x" * 999), "not a readable safetensors"),
-    "parameter gone": (other_weights(lambda t: t.pop("norm.weight")), "lacks parameter norm.weight"),
-    "parameter more": (other_weights(lambda t: t.update(extra=torch.ones(1))), "unknown parameter extra"),
+    "not safetensors": (lambda f: replace_weights(f, b"x" * 999), "not readable safetensors"),
+    "parameter gone": (other_weights(lambda t: t.pop("model.norm.weight")), "lacks parameter norm.weight"),
+    "parameter more": (other_weights(lambda t: t.update({"model.extra": torch.ones(1)})), "unknown parameter extra"),
     "shape": (
-        other_weights(lambda t: t.update({"norm.weight": torch.ones(31)})),
+        other_weights(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         r"norm.weight of shape \[31\].*\[32\]",
     ),
     "vocabulary": (edit_config(lambda d: d["config"]["model"].update(vocab_size=VOCAB - 1)), f"{VOCAB} pieces"),
