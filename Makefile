@@ -9,13 +9,14 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-layouts lint format docs clean install
+.PHONY: help demo test test-layouts test-long lint format docs clean install
 
 help:
 	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window]   train a small model on real text, export it, let it write"
 	@echo "          [LAYOUT=\"tensor=2\" | \"sequence=2 memory=hand_off\" | ...]   how its processes divide the work"
 	@echo "make test      lint, types and all tests"
 	@echo "make test-layouts   every layout of ranks x ZeRO stage x model against one process"
+	@echo "make test-long   decoding to 131,072 tokens with every variant"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    let ruff rewrite the files"
 	@echo "make docs      regenerate docs/config.md from titans_pretrain/config.py"
@@ -34,6 +35,10 @@ test: lint
 # Every layout x ZeRO stage x variant, of which `make test` runs a part. Half an hour on 2 cores.
 test-layouts: install
 	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/parallel/test_layouts.py --timeout=3600
+
+# Decoding of 131,072 tokens, of which `make test` runs the beginning. Half an hour on 2 cores.
+test-long: install
+	OMP_NUM_THREADS=1 TITANS_LONG_DECODE=1 $(VENV)/bin/python -m pytest tests/inference/test_long.py -s --timeout=3600
 
 lint: install
 	$(VENV)/bin/ruff check .
