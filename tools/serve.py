@@ -24,6 +24,9 @@ import socket
 import sys
 from pathlib import Path
 
+if not __package__:  # started as a file: the packages lie beside its folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
 
 from titans_pretrain.errors import UserError, exit_on_user_error
