@@ -193,16 +193,17 @@ def test_a_session_goes_on_from_what_it_has_read(
 
 
 def test_a_client_that_leaves_stops_the_writing_and_leaves_its_session(client: openai.OpenAI) -> None:
+    """Greedy, where this model never draws the end of the text."""
     create(client, prompt="The wave", max_tokens=0, extra_body={"session": "left"})
     before = create(client, prompt="", max_tokens=0, extra_body={"session": "left"}).session["tokens"]
-    stream = create(client, prompt=" and", max_tokens=60000, stream=True, extra_body={"session": "left"})
+    stream = create(client, prompt=" and", temperature=0, max_tokens=60000, stream=True, extra_body={"session": "left"})
     next(stream)
     with pytest.raises(openai.ConflictError, match="in use by another request"):
         create(client, max_tokens=1, extra_body={"session": "left"})
     stream.close()
     with pytest.raises(openai.APITimeoutError):  # not streamed, and its client does not wait for the end
         client.with_options(timeout=0.5).completions.create(
-            model="tiny", prompt="x", max_tokens=60000, extra_body={"session": "other"}
+            model="tiny", prompt="x", temperature=0, max_tokens=60000, extra_body={"session": "other"}
         )
     deadline = time.monotonic() + 10
     for name, tokens in (("left", before), ("other", 1)):
