@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-layouts test-checkpoints lint format docs clean install
+.PHONY: help demo test test-layouts test-checkpoints test-long lint format docs clean install
 
 help:
 	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window]   train a small model on real text, export it, let it write"
@@ -17,6 +17,7 @@ help:
 	@echo "make test      lint, types and all tests"
 	@echo "make test-layouts   every layout of ranks x ZeRO stage x model against one process"
 	@echo "make test-checkpoints   every layout's checkpoint resumed under every other, and 30 kills while saving"
+	@echo "make test-long   decoding to 131,072 tokens with every variant"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    let ruff rewrite the files"
 	@echo "make docs      regenerate docs/config.md from titans_pretrain/config.py"
@@ -36,9 +37,13 @@ test: lint
 test-layouts: install
 	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/parallel/test_layouts.py --timeout=3600
 
-# Every pair of layouts and ZeRO stages, of which `make test` runs a part, and kills. A quarter of an hour on 2 cores.
+# Every pair of layouts and ZeRO stages, of which `make test` runs a part, and kills. Five minutes on 2 cores.
 test-checkpoints: install
 	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/train/test_reshard.py tests/train/test_saving.py --timeout=3600
+
+# Decoding of 131,072 tokens, of which `make test` runs the beginning. Half an hour on 2 cores.
+test-long: install
+	OMP_NUM_THREADS=1 TITANS_LONG_DECODE=1 $(VENV)/bin/python -m pytest tests/inference/test_long.py -s --timeout=3600
 
 lint: install
 	$(VENV)/bin/ruff check .

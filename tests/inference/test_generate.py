@@ -34,7 +34,8 @@ def parallel_logits(model: Titans, ids: list[int]) -> torch.Tensor:
 
 
 def test_decoding_equals_the_parallel_forward(model: Titans) -> None:
-    ids = random_ids(70)  # crosses chunks of 8, windows of 12 and segments of 20
+    """To five times the tiny model's training length of 32, over chunks of 8, windows of 12 and segments of 20."""
+    ids = random_ids(160)
     expected = parallel_logits(model, ids)
     logits, state = prefill(model, ids[:23], piece=9)
     for place in range(23, len(ids)):

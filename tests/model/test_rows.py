@@ -100,6 +100,15 @@ def test_rows_leave_come_back_and_double(rows: Rows) -> None:
     rows.decode(members, state, 3)
 
 
+def test_rows_at_one_place_of_a_chunk_but_not_of_a_segment(rows: Rows) -> None:
+    """Tokens 5 and 13 are alike to chunks of 8; at the end of a segment of 20 they part."""
+    tokens = [rows.tokens[i][:n] for i, n in enumerate((5, 13, 16))]
+    _, state = read_rows(rows.model, tokens)
+    rows.decode([0, 1], select_rows(state, [0, 1], rows.model.config), 30)
+    joined = join_states([read_rows(rows.model, [x])[1] for x in tokens[:2]], rows.model.config)
+    rows.decode([0, 1], joined, 30)
+
+
 def test_more_tokens_for_rows_at_different_places(rows: Rows) -> None:
     """The next turn of several conversations, of different lengths, one of them silent."""
     members = [1, 3, 4, 8]

@@ -152,14 +152,9 @@ def test_bf16_export_is_verified_unrounded_and_rounded(
 ) -> None:
     main(["export", str(runs("mag")), str(tmp_path / "out"), "--dtype", "bf16"])
     printed = capsys.readouterr().out
-    assert (
-        "fp32 weights verified against the trainer's model: logits of 32 tokens, computed in fp32 by what transformers loads: largest"
-        in printed
-    )
-    assert (
-        "bf16 weights verified against the trainer's model: logits of 32 tokens, computed in bf16 by what transformers loads: relative RMS"
-        in printed
-    )
+    verified = "weights verified against the trainer's model: logits of 32 tokens, computed in"
+    assert f"fp32 {verified} fp32 by what transformers loads: largest" in printed
+    assert f"bf16 {verified} bf16 by what transformers loads: relative RMS" in printed
     assert load_export(tmp_path / "out").model.embedding.weight.dtype == torch.bfloat16
     comparison = verify_export(tmp_path / "out", last_checkpoint(runs("mag")) / "logits.safetensors", "fp32")
     assert 0 < comparison.relative_rms < comparison.tolerance

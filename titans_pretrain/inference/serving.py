@@ -77,8 +77,9 @@ class Job:
     session: str = ""
     cancelled: threading.Event = field(default_factory=threading.Event)
     reading: Reading | None = None
-    left: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
+    ids: list[int] = field(default_factory=list)
+    done: int = 0
+    """How many of `ids`, the prompt's tokens, have been read."""
     writer: TextWriter | None = None
 
     def cancel(self) -> None:
@@ -195,7 +196,7 @@ class Worker:
                 ids = prompt_ids(self.tokenizer, job.prompt, start) if isinstance(job.prompt, str) else list(job.prompt)
                 if start is None and not ids:
                     raise UserError("a prompt needs at least one token")
-                job.left, job.prompt_tokens = ids, len(ids)
+                job.ids = ids
                 context = (*(() if start is None else start.recent[0]), *ids)
                 job.writer = TextWriter(self.tokenizer, context, job.stop)
             with self._changed:
@@ -238,10 +239,10 @@ class Worker:
             self._reading.popleft()
             self._release(job, None)
             return
-        if job.left:
-            ids, job.left = job.left[: self._piece], job.left[self._piece :]
-            job.reading = read(self.model, [ids], job.reading)
-        if not job.left:
+        if job.ids:
+            job.reading = read(self.model, [job.ids[job.done : job.done + self._piece]], job.reading)
+            job.done += self._piece
+        if job.done >= len(job.ids):
             assert job.reading is not None
             self._decoding.add([job.row], job.reading)
             job.reading = None
@@ -278,7 +279,7 @@ class Worker:
                     job.emit(Text(text))
                 reason = "length" if job.row.ended == "length" and not job.writer.stopped else "stop"
                 tokens = 0 if reading is None else reading.state.position
-                job.emit(End(reason, job.prompt_tokens, job.row.written, tokens))
+                job.emit(End(reason, len(job.ids), job.row.written, tokens))
             del self._writing[id(job.row)]
         if gone:
             self._decoding.take_out([job.row for job in gone])

@@ -272,8 +272,8 @@ class MACBlock(Block):
         places, every = state.row_places, self.retrieve_every
         retrieved = self.memory.recall(state.recalled, recall_queries, tokens)
         h_keys, h_values = self.attention.keys_and_values(retrieved)
-        stays = places % every == every - 1
-        h = _put(state.context[0], AttentionState(rotate(h_keys, rotary), h_values), (places // every).where(stays, -1))
+        # A retrieved token that does not stay is put where the next one goes, and is not seen.
+        h = _put(state.context[0], AttentionState(rotate(h_keys, rotary), h_values), places // every)
         own = _put(state.context[1], own, places)
         seen = torch.cat((_first(h.keys, (places + 1) // every), _first(own.keys, places + 1)), dim=1)
         all_keys, all_values = torch.cat((h.keys, own.keys), dim=1), torch.cat((h.values, own.values), dim=1)
@@ -297,7 +297,7 @@ class MACBlock(Block):
 
 
 def _put(context: AttentionState, new: AttentionState, at: Tensor) -> AttentionState:
-    """`context` [b, s, ...] with the one token of `new` at place `at` [b] of each row; -1: nowhere."""
+    """`context` [b, s, ...] with the one token of `new` at place `at` [b] of each row; beyond s: nowhere."""
     here = (torch.arange(context.keys.shape[1], device=at.device) == at[:, None])[..., None, None]
     return AttentionState(torch.where(here, new.keys, context.keys), torch.where(here, new.values, context.values))
 
