@@ -21,7 +21,7 @@ class TitansConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(
-        self, titans: dict[str, Any] | None = None, max_position_embeddings: int = 4096, **kwargs: Any
+        self, titans: dict[str, Any] | None = None, max_position_embeddings: int = 4096, use_cache: bool = True, **kwargs: Any
     ) -> None:
         model = ModelConfig(**{"vocab_size": 32000, **(titans or {})})
         self.titans = dict(titans or {"vocab_size": 32000})
@@ -30,11 +30,11 @@ class TitansConfig(PretrainedConfig):
         self.intermediate_size = model.resolved_hidden_dim
         self.num_hidden_layers = model.num_layers
         self.num_attention_heads = model.num_heads
+        self.use_cache = use_cache
         self.max_position_embeddings = max_position_embeddings
         for derived in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             kwargs.pop(derived, None)  # the titans section decides
         kwargs["tie_word_embeddings"] = model.tie_embeddings
-        kwargs.setdefault("use_cache", True)
         super().__init__(**kwargs)
 
     def model_config(self) -> ModelConfig:

@@ -75,11 +75,18 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """A model made from a config alone begins as a run of the trainer does."""
-        loaded = any(getattr(p, "_is_hf_initialized", False) or p.is_meta for p in module.parameters())
-        if isinstance(module, Titans) and not loaded:
-            initialize(module, int(torch.randint(1 << 31, ())))
+    def initialize_weights(self) -> None:
+        """A model made from a config alone begins as a run of the trainer does; one that was loaded is left alone.
+
+        Raises:
+            ValueError: only a part of the parameters was loaded.
+        """
+        parameters = dict(self.model.named_parameters())
+        fresh = [name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)]
+        if len(fresh) == len(parameters):
+            initialize(self.model, int(torch.randint(1 << 31, ())))
+        elif fresh:
+            raise ValueError(f"the weights' files lack parameter {fresh[0]} and {len(fresh) - 1} more")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
