@@ -40,6 +40,7 @@ OWNERS = {
     "fastapi": ["tools.serve_api"],
     "starlette": ["tools.serve_api"],
     "uvicorn": ["tools.serve"],
+    "transformers": ["titans_pretrain.inference.huggingface", "titans_pretrain.inference.verify"],
     "tensorboard": ["titans_pretrain.train.report"],
     "torch.utils.tensorboard": ["titans_pretrain.train.report"],
 }
