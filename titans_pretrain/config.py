@@ -122,6 +122,15 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    def resolved(self) -> ModelConfig:
+        """The same model with the sizes that 0 leaves to derive written out."""
+        return dataclasses.replace(
+            self,
+            hidden_dim=self.resolved_hidden_dim,
+            memory_heads=self.resolved_memory_heads,
+            memory_theta_max=self.resolved_theta_max,
+        )
+
     @property
     def resolved_hidden_dim(self) -> int:
         return self.hidden_dim or 64 * math.ceil(8 * self.dim / 3 / 64)

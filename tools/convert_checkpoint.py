@@ -1,7 +1,8 @@
 """What can be done with a training checkpoint? `export` makes a model to use of it, a folder that generate.py and load_export
-read; `inspect`, `verify` and `reshape` are in checkpoint_commands.py.
+read, `import` a checkpoint of that again; `inspect`, `verify` and `reshape` are in checkpoint_commands.py.
 
     python tools/convert_checkpoint.py export RUN OUT [--checkpoint step_N] [--dtype fp32|bf16] [--overwrite]
+    python tools/convert_checkpoint.py import EXPORT OUT
     python tools/convert_checkpoint.py inspect|verify RUN [--checkpoint step_N]
     python tools/convert_checkpoint.py reshape RUN OUT [--checkpoint step_N]
 
@@ -38,6 +39,7 @@ from titans_pretrain.train.checkpoint import read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 from tools.checkpoint_commands import add_inspect, add_reshape, add_verify
 from tools.choose_checkpoint import add_source, choose_checkpoint
+from tools.import_command import add_import
 
 
 @exit_on_user_error
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Convert training checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_export(commands)
+    add_import(commands)
     add_reshape(commands)
     add_inspect(commands)
     add_verify(commands)
@@ -104,6 +107,8 @@ def export(options: argparse.Namespace) -> None:
         "checkpoint": checkpoint.name,
         "step": manifest["step"],
         "tokens": manifest["tokens"],
+        "position": manifest["position"],
+        "data": manifest.get("data"),
         "precision": config.engine.precision,
         "dataset_fingerprint": manifest["dataset_fingerprint"],
         "tokenizer_sha256": manifest["tokenizer_sha256"],

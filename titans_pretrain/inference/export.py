@@ -100,13 +100,7 @@ def write_export(
         UserError: the weights do not fit the config.
         OSError: the disk is full, or the folder exists.
     """
-    model = config.model
-    model = dataclasses.replace(
-        model,
-        hidden_dim=model.resolved_hidden_dim,
-        memory_heads=model.resolved_memory_heads,
-        memory_theta_max=model.resolved_theta_max,
-    )
+    model = config.model.resolved()
     config = dataclasses.replace(config, model=model)
     with torch.device("meta"):
         skeleton = Titans(model)
@@ -189,7 +183,7 @@ def _card(model: ModelConfig, parameters: int, dtype: str, training: Mapping[str
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in training.items()),
+        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in training.items() if not isinstance(value, dict)),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

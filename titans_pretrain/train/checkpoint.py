@@ -14,7 +14,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titans_pretrain.config import Config, config_to_dict
+from titans_pretrain.config import Config, config_from_dict, config_to_dict
 from titans_pretrain.data.atomic import sha256_of, sync_directory
 from titans_pretrain.data.mixture import Sources
 from titans_pretrain.errors import UserError
@@ -205,7 +205,7 @@ def check_fits(checkpoint: Path, manifest: Mapping[str, Any], config: Config, so
     Raises:
         UserError: naming the key and both values.
     """
-    saved, now = manifest["config"]["model"], config_to_dict(config)["model"]
+    saved, now = (asdict(c.model.resolved()) for c in (config_from_dict(manifest["config"]), config))
     if manifest["tokenizer_sha256"] != sources.tokenizer_sha256:
         where = "data.sources" if config.data.sources else "data.path"
         raise UserError(

@@ -21,7 +21,11 @@ class TitansConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(
-        self, titans: dict[str, Any] | None = None, max_position_embeddings: int = 4096, use_cache: bool = True, **kwargs: Any
+        self,
+        titans: dict[str, Any] | None = None,
+        max_position_embeddings: int = 4096,
+        use_cache: bool = True,
+        **kwargs: Any,
     ) -> None:
         model = ModelConfig(**{"vocab_size": 32000, **(titans or {})})
         self.titans = dict(titans or {"vocab_size": 32000})
