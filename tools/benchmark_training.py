@@ -118,10 +118,24 @@ def _measure(args: argparse.Namespace, words: str) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             raise UserError(f"the job took more than --timeout {args.timeout:g} s and was stopped") from None
         if done.returncode or not answer.exists():
-            sentence = re.search(r"^error: (.*)$", done.stderr, re.MULTILINE)
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"the job failed: {sentence.group(1) if sentence else last}")
+            raise UserError(f"the job failed: {_reason(done.stderr)}")
         return {"asked": words, "layout": describe(config, layout), "ranks": ranks, **json.loads(answer.read_text())}
+
+
+def _reason(output: str) -> str:
+    """The line that tells most of what a job under torchrun wrote before it failed."""
+    ours, exceptions, signals = (
+        re.findall(pattern, output, re.MULTILINE)
+        for pattern in (
+            r"^(?:\[rank\d+\]:\s*)?error: (.*)$",
+            r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception)\b.*)$",
+            r"^\s*traceback\s*: (Signal .*)$",
+        )
+    )
+    said = [line for line in output.splitlines() if line.strip(" =-")]
+    return str(
+        [*ours, *[e for e in exceptions if "ChildFailedError" not in e], *signals, *said[-1:], "it said nothing"][0]
+    )
 
 
 def _overrides_of(words: str) -> tuple[list[str], int]:

@@ -72,7 +72,7 @@ def test_the_transformer_beside_a_model_has_its_size(name: str) -> None:
         ([str(CONFIGS / "demo.yaml"), "--batch", "0"], "--batch must be"),
         ([str(CONFIGS / "demo.yaml"), "--timeout", "0"], "--timeout"),
         ([str(CONFIGS / "demo.yaml"), "--json", "none/a.json"], "there is no folder"),
-        ([str(CONFIGS)], "config.json"),
+        ([str(CONFIGS)], "titans_export.json"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

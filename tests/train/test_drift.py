@@ -48,6 +48,7 @@ def test_a_flipped_bit_stops_the_run(stage: int, bad_step: int, dataset: Path, t
         engine__zero_stage=stage,
         parallel__check_interval=2,
         checkpoint__interval=1,
+        checkpoint__background=False,
     )
     name = "blocks.0.mixer_norm.weight"
     answers = run_distributed(drifting_job, 2, name, 1, bad_step, tree)
@@ -57,7 +58,8 @@ def test_a_flipped_bit_stops_the_run(stage: int, bad_step: int, dataset: Path, t
             f"parameter {name} is not the same at step 4 on ranks that must agree: rank 1 differs from rank 0"
             in sentence
         )
-        assert "step_00000003" in sentence
+        # Step 3 may have saved the difference; at step 2 all agreed.
+        assert sentence.endswith("step_00000002, which is from before they differed")
 
 
 def test_tensor_ranks_must_agree_on_what_is_not_split(dataset: Path, tmp_path: Path) -> None:

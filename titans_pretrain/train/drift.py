@@ -8,8 +8,7 @@ check costs one pass over the parameters and a gather of two numbers for each.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,11 @@ _PIECE = 1 << 22
 """Elements summed at a time: the checksum needs 16 bytes for each."""
 
 
-def check_copies(engine: Engine, grid: Grid, step: int, last_saved: Path | None) -> None:
+def check_copies(engine: Engine, grid: Grid, step: int, way_back: Callable[[], str]) -> None:
     """Compare checksums of all parameters across the ranks that must agree. Collective.
+
+    Args:
+        way_back: what the reader can do, asked for only if they differ.
 
     Raises:
         AgreedError: on every rank, naming the first parameter that differs and the ranks.
@@ -39,10 +41,9 @@ def check_copies(engine: Engine, grid: Grid, step: int, last_saved: Path | None)
         odd = odd_ones(sums, same_as(grid, over_replicas, over_tensor))
         if odd is not None:
             wrong, right = (", ".join(map(str, ranks)) for ranks in odd)
-            way_back = f"resume from {last_saved}" if last_saved else "there is no checkpoint yet: start again"
             raise AgreedError(
                 f"parameter {name} is not the same at step {step} on ranks that must agree: rank {wrong} differs from rank "
-                f"{right}; check the hardware of the odd one; {way_back}"
+                f"{right}; check the hardware of the odd one; {way_back()}"
             )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -129,7 +130,7 @@ def train(config: Config, grid: Grid) -> Progress:
     )
     saver = Saver(run_dir, config, sources, engine, grid, report.say, report.record, start_from)
     masked = MaskedRows(config.data.max_bad)
-    first_step = progress.step
+    first_step = agreed_at = progress.step
     try:
         while progress.step < course.steps.num_steps:
             started = time.perf_counter()
@@ -184,7 +185,8 @@ def train(config: Config, grid: Grid) -> Progress:
             batch_tokens = next_progress.tokens - progress.tokens
             progress = next_progress
             if every(config.parallel.check_interval, progress.step):
-                check_copies(engine, grid, progress.step, saver.last)
+                check_copies(engine, grid, progress.step, partial(way_back, run_dir, agreed_at, start_from))
+                agreed_at = progress.step
             report.step(
                 progress,
                 batch_tokens=batch_tokens,
@@ -295,6 +297,23 @@ def make_run_dir(run_dir: Path) -> None:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create run folder {run_dir}: {error.strerror}; change run.dir or run.name") from error
+
+
+def way_back(run_dir: Path, agreed_at: int, start_from: Path | None) -> str:
+    """What to do about copies that differ: a checkpoint made after the last check that passed may hold the difference.
+
+    Args:
+        agreed_at: step at which all copies last agreed, or the run's first.
+    """
+    saved = checkpoints.finished_folders(run_dir / "checkpoints")
+    sound = next((folder for folder in saved if checkpoints.step_of(folder) <= agreed_at), start_from)
+    if sound is not None:
+        return f"set run.resume={sound}, which is from before they differed"
+    if saved:
+        return (
+            f"no checkpoint is from step {agreed_at} or before, where they last agreed: start again in another run.name"
+        )
+    return "there is no checkpoint yet: start again"
 
 
 def stop_not_finite(what: str, value: float, step: int, cause: str, last_saved: Path | None) -> NoReturn:
