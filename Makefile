@@ -29,9 +29,10 @@ demo:
 	@$(MAKE) --no-print-directory install
 	@bash launch/demo.sh "$(VARIANT)" "$(LAYOUT)"
 
-# One thread: the tests start several processes of their own.
+# Two at a time, of one thread each: many tests start several processes of their own. TESTS="tests/model -k mac" runs a part.
+TESTS ?=
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # Every layout x ZeRO stage x variant, of which `make test` runs a part. Half an hour on 2 cores.
 test-layouts: install

@@ -69,5 +69,6 @@ def test_a_run_goes_on_under_another_split_of_the_model_and_of_rows(dataset: Pat
     assert run_distributed(train_job, 2, tree(parallel__sequence=2, run__stop_after=1)) == [None, None]
     assert run_distributed(train_job, 2, tree(parallel__data=2)) == [None, None]
     run = tmp_path / "moved"
-    assert (run / "log" / "rank_0.txt").read_text().count("resharded: ") == 2
+    # Ranks of one group and of two share the optimizer state alike: only the first change moves tensors.
+    assert (run / "log" / "rank_0.txt").read_text().count("resharded: ") == 1
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, STEPS + 1))
