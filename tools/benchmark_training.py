@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if not __package__:  # started as a file, also by torchrun: the packages lie beside its folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -58,7 +58,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _build_parser().parse_args(arguments)
     if args.rank_of:
-        return run_rank(load_config(args.config, args.overrides), args.steps, args.warmup, args.rank_of)
+        run_rank(load_config(args.config, args.overrides), args.steps, args.warmup, args.rank_of)
     if not args.layouts:
         raise UserError('say which layouts: --layouts "data=1" "data=2" ...')
     if args.steps < 1 or args.warmup < 0:
@@ -152,14 +152,14 @@ def _overrides_of(words: str) -> tuple[list[str], int]:
 # -------------------------------------------------------------------------------------------------------------- one rank
 
 
-def run_rank(config: Config, steps: int, warmup: int, answer: Path) -> None:
+def run_rank(config: Config, steps: int, warmup: int, answer: Path) -> NoReturn:
     """Train on random tokens; the first rank writes what all found to `answer`."""
     import torch
     import torch.distributed as dist
 
     from titans_pretrain.parallel.build import build_model
     from titans_pretrain.train.engine import Engine
-    from titans_pretrain.train.environment import find_environment, join
+    from titans_pretrain.train.environment import find_environment, join, leave
 
     grid = join(find_environment(), config.run.device)
     layout = choose_layout(config, grid.world_size)
@@ -194,6 +194,7 @@ def run_rank(config: Config, steps: int, warmup: int, answer: Path) -> None:
             "device": str(grid.device),
         }
         answer.write_text(json.dumps(found))
+    leave()
 
 
 def _step_function(config: Config, layout: Layout, engine: Any, generator: Any) -> Any:

@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     path, overrides = parse(arguments)
     # Imported late: --help must not wait for torch, nor a misspelt key for DeepSpeed.
-    from titans_pretrain.train.environment import find_environment, join
+    from titans_pretrain.train.environment import find_environment, join, leave
 
     environment = find_environment()
     shared = True  # whether every rank meets the error, so that one can say it for all
@@ -42,8 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shared = False
         grid = join(environment, config.run.device)
         # After the device is chosen: DeepSpeed settles on its accelerator when it is imported.
-        import torch.distributed
-
         from titans_pretrain.parallel.grid import AgreedError
         from titans_pretrain.train.loop import train
 
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except AgreedError:
             shared = True
             raise
-        torch.distributed.destroy_process_group()
+        leave()
     except UserError:
         if environment.rank == 0 or not shared:
             raise

@@ -6,8 +6,10 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -117,6 +119,18 @@ def join(environment: Environment, device_kind: str) -> Grid:
         device_id=device if device.type == "cuda" else None,
     )
     return Grid(environment.rank, environment.world_size, device, str(environment))
+
+
+def leave() -> NoReturn:
+    """End this process, whose work is done, with exit code 0 and without taking Python down.
+
+    A worker thread of gloo may hold the tensors of the last collective a little longer than we do. If it lets go of them
+    while the interpreter is being taken down, the process aborts (exit code -6): seen in 2 of 50 runs of two processes.
+    """
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _number(variables: Mapping[str, str], name: str) -> int:
