@@ -398,6 +398,10 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint in the run folder, or start anew; never: refuse to start where
     the run folder holds checkpoints; or the path of one checkpoint folder to continue from."""
+    init_from: str = ""
+    """Folder of weights that a new run begins with: any checkpoint of the same model, or what `convert_checkpoint.py
+    import-llama` wrote (docs/importing.md). Optimizer, schedule and data begin anew. Of no effect once the run folder has a
+    checkpoint to continue from. Empty: weights are drawn from `seed`."""
     new_phase: bool = False
     """Allow a checkpoint to go on with another stream of data: where the sources, weights, data.seq_len or run.seed differ
     from the checkpoint's, the new stream starts at its beginning with fresh counts; data.batch_tokens may differ too. Where

@@ -1,8 +1,10 @@
 """What can be done with a training checkpoint? `export` makes a model to use of it, a folder that generate.py and load_export
-read, `import` a checkpoint of that again; `inspect`, `verify` and `reshape` are in checkpoint_commands.py.
+read, `import` a checkpoint of that again, `import-llama` starting weights of a Hugging Face folder; `inspect`, `verify` and
+`reshape` are in checkpoint_commands.py.
 
     python tools/convert_checkpoint.py export RUN OUT [--checkpoint step_N] [--dtype fp32|bf16] [--overwrite]
     python tools/convert_checkpoint.py import EXPORT OUT
+    python tools/convert_checkpoint.py import-llama FOLDER OUT [--variant transformer|mag|mal] [--set model.key=value ...]
     python tools/convert_checkpoint.py inspect|verify RUN [--checkpoint step_N]
     python tools/convert_checkpoint.py reshape RUN OUT [--checkpoint step_N]
 
@@ -40,6 +42,7 @@ from titans_pretrain.train.saved_state import StoredWeights
 from tools.checkpoint_commands import add_inspect, add_reshape, add_verify
 from tools.choose_checkpoint import add_source, choose_checkpoint
 from tools.import_command import add_import
+from tools.import_llama import add_import_llama
 
 
 @exit_on_user_error
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_export(commands)
     add_import(commands)
+    add_import_llama(commands)
     add_reshape(commands)
     add_inspect(commands)
     add_verify(commands)

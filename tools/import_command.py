@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from titans_pretrain.config import config_to_dict
+from titans_pretrain.config import Config, config_to_dict
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.export import TOKENIZER_NAME, load_export
+from titans_pretrain.model import Titans
 from titans_pretrain.train.checkpoint import FORMAT, LOGITS, TOKENIZER
 from titans_pretrain.train.whole import write_whole
 
@@ -48,25 +50,40 @@ def run_import(options: argparse.Namespace) -> None:
             f"{options.export} does not say where its run stood ({', '.join(missing)} missing in its training facts); "
             "export again from the checkpoint"
         )
-    parameters = dict(model.named_parameters())
-
-    def read(name: str, kind: str) -> Tensor:
-        return parameters[name].detach() if kind == "weight" else torch.zeros_like(parameters[name])
-
-    layout = {"world_size": 0, "tensor": 1, "zero_stage": None, "precision": info.config.engine.precision}
     facts = {key: info.training[key] for key in PROGRESS}
-    manifest = {"format": FORMAT, **facts, "config": config_to_dict(info.config), "layout": layout}
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        # A checkpoint has logits of some tokens, for exports to be checked against; these are the exported model's own.
-        tokens = torch.arange(info.config.data.seq_len)[None] % info.config.model.vocab_size
-        logits = model.logits(model.hidden(tokens)[0]).float()
-        file = Path(scratch) / LOGITS
-        safetensors.torch.save_file({"tokens": tokens, "logits": logits}, file)
-        others = {LOGITS: file, TOKENIZER: options.export / TOKENIZER_NAME}
-        write_whole(options.out, parameters, read, 0.0, manifest, others)
+    write_imported(options.out, model, info.config, facts, {TOKENIZER: options.export / TOKENIZER_NAME})
     if info.dtype != "fp32":
         print(f"note: the export has {info.dtype} weights; what was rounded away when it was written is lost")
     print(
         f"imported {options.export} to {options.out}: step {facts['step']}, {facts['tokens']:,} tokens, moments zero; "
         f"continue with run.resume={options.out}"
     )
+
+
+def write_imported(
+    out: Path, model: Titans, config: Config, facts: Mapping[str, Any], others: Mapping[str, Path], seq_len: int = 0
+) -> None:
+    """Write the weights of `model` as a checkpoint without layout whose moments are zero.
+
+    Args:
+        facts: of the manifest, what PROGRESS names and more.
+        others: files to copy into the checkpoint.
+        seq_len: tokens of the logits that exports are checked against. 0: data.seq_len.
+
+    Raises:
+        UserError: `out` exists or cannot be written.
+    """
+    parameters = dict(model.named_parameters())
+
+    def read(name: str, kind: str) -> Tensor:
+        return parameters[name].detach() if kind == "weight" else torch.zeros_like(parameters[name])
+
+    layout = {"world_size": 0, "tensor": 1, "zero_stage": None, "precision": config.engine.precision}
+    manifest = {"format": FORMAT, **facts, "config": config_to_dict(config), "layout": layout}
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        # A checkpoint has logits of some tokens, for exports to be checked against; these are this model's own.
+        tokens = torch.arange(seq_len or config.data.seq_len)[None] % config.model.vocab_size
+        logits = model.logits(model.hidden(tokens)[0]).float()
+        file = Path(scratch) / LOGITS
+        safetensors.torch.save_file({"tokens": tokens, "logits": logits}, file)
+        write_whole(out, parameters, read, 0.0, manifest, {LOGITS: file, **others})

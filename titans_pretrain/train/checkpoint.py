@@ -174,6 +174,8 @@ def choose_resume(run_dir: Path, resume: str, say: Callable[[str], Any]) -> Path
     damage = find_damage(chosen) if chosen.is_dir() else "there is no such folder"
     if damage is not None:
         raise UserError(f"cannot resume from run.resume={resume}: {damage}")
+    if read_manifest(chosen).get("weights_only"):
+        raise UserError(f"run.resume={resume} has weights and no run to continue; set run.init_from={resume} instead")
     newer = [p for p in existing if p.name > chosen.name]
     if newer:
         raise UserError(

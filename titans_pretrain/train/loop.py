@@ -36,6 +36,7 @@ from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.saving import SaveFailed, Saver
 from titans_pretrain.train.schedule import learning_rate
+from titans_pretrain.train.starting_weights import check_starting_weights, starting_weights
 from titans_pretrain.train.watch import describe_failure
 
 
@@ -68,6 +69,8 @@ def train(config: Config, grid: Grid) -> Progress:
             manifest = checkpoints.read_manifest(start_from) if start_from else None
             if start_from and manifest:
                 checkpoints.check_fits(start_from, manifest, config, sources)
+            elif config.run.init_from:
+                report.say(check_starting_weights(Path(config.run.init_from), config, sources))
             chart(config, sources, start_from, manifest)
             checkpoints.clear_remains(run_dir, start_from, report.say)
             report.say(config_to_yaml(config))
@@ -111,6 +114,8 @@ def train(config: Config, grid: Grid) -> Progress:
             report.say(f"a new phase begins at step {progress.step}: {change}")
         for change in checkpoints.changed_settings(manifest, config):
             report.say(f"changed since that checkpoint: {change}")
+    elif config.run.init_from:
+        engine.place(starting_weights(Path(config.run.init_from)))
     report.start(progress, flops_per_token(config.model, config.data.seq_len), course.steps.num_steps)
     if progress.step == 0:
         report.evaluation(progress, evaluation.run(engine))
