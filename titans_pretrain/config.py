@@ -386,6 +386,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What a run does when something goes wrong around it (docs/launching.md)."""
+
+    stall_seconds: float = 600.0
+    """Longest time that a rank may stay in one phase of a step; then it dumps its Python stacks, names the rank that the
+    others wait for, and ends. 0: never. Default 600: far above any step, far below what a queue's time costs."""
+    long_seconds: float = 3600.0
+    """The same for the start, the first step (compilation), evaluations and waiting for a save. 0: never."""
+    grace_seconds: float = 120.0
+    """Time between the signal that announces a preemption and the kill, which launch/slurm.sbatch asks SLURM for. A save that
+    takes longer than it is warned of. 0: unknown."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run itself."""
 
@@ -426,6 +440,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -687,7 +702,8 @@ def _check_ranges(config: Config) -> None:
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
         "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
-        "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed"
+        "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed "
+        "faults.stall_seconds faults.long_seconds faults.grace_seconds"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
 

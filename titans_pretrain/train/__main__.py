@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from titans_pretrain.config import load_config, reference_text
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.layout import choose_layout
+from titans_pretrain.train.heartbeat import LostRank
+from titans_pretrain.train.lifecycle import Interruption, die_with_parent, finished
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -34,11 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Imported late: --help must not wait for torch, nor a misspelt key for DeepSpeed.
     from titans_pretrain.train.environment import find_environment, join, leave
 
+    interruption = Interruption().listen()
     environment = find_environment()
+    if environment.found != "one process":
+        die_with_parent()
     shared = True  # whether every rank meets the error, so that one can say it for all
     try:
         config = load_config(path, overrides)
         choose_layout(config, environment.world_size)
+        nothing_left = finished(config.run_dir, config.schedule.tokens)
+        if nothing_left and config.run.resume == "auto":
+            if environment.rank == 0:
+                print(nothing_left)
+            return
         shared = False
         grid = join(environment, config.run.device)
         # After the device is chosen: DeepSpeed settles on its accelerator when it is imported.
@@ -46,13 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from titans_pretrain.train.loop import train
 
         try:
-            train(config, grid)
+            train(config, grid, interruption)
         except AgreedError:
             shared = True
             raise
+        except LostRank as error:
+            shared = not error.speaks
+            raise
         leave()
-    except UserError:
-        if environment.rank == 0 or not shared:
+    except UserError as error:
+        if not shared or (environment.rank == 0 and not isinstance(error, LostRank)):
             raise
         # Rank 0 says it; leave it the time, since a launcher ends all ranks at the first exit.
         time.sleep(1.0)

@@ -32,6 +32,20 @@ from titans_pretrain.train.course import chart
 from titans_pretrain.train.drift import check_copies
 from titans_pretrain.train.engine import Engine, NotFiniteError
 from titans_pretrain.train.evaluate import Evaluation
+from titans_pretrain.train.heartbeat import FAILED, Heartbeat
+from titans_pretrain.train.lifecycle import (
+    DONE,
+    PREEMPTED,
+    STOP,
+    STOP_FILE,
+    Interruption,
+    attempt,
+    clear_markers,
+    life,
+    reason_text,
+    record_fault,
+    write_marker,
+)
 from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.saving import SaveFailed, Saver
@@ -40,15 +54,38 @@ from titans_pretrain.train.starting_weights import check_starting_weights, start
 from titans_pretrain.train.watch import describe_failure
 
 
-def train(config: Config, grid: Grid) -> Progress:
+def train(config: Config, grid: Grid, interruption: Interruption | None = None) -> Progress:
     """Train by `config`; every rank of `grid` calls it.
+
+    Args:
+        interruption: who hears the signals that ask this process to stop.
 
     Returns:
         where the run stands at the end.
 
     Raises:
         AgreedError: on all ranks, for whatever the user can mend.
+        LostRank: another rank is gone.
     """
+    faults = config.faults
+    heart = Heartbeat(config.run_dir, grid.rank, grid.world_size, faults.stall_seconds, faults.long_seconds)
+    try:
+        return _train(config, grid, interruption or Interruption(), heart)
+    except UserError:
+        heart.close("refused")
+        raise
+    except Exception as error:
+        lost = heart.lost(error)
+        if lost is not None:
+            heart.close("lost a peer")
+            raise lost from error
+        heart.close(FAILED)
+        raise
+    finally:
+        heart.close("ended")
+
+
+def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartbeat) -> Progress:
     layout = choose_layout(config, grid.world_size)
     grid = grid.lay_out(layout)
     run_dir = config.run_dir
@@ -62,7 +99,8 @@ def train(config: Config, grid: Grid) -> Progress:
         evaluation = Evaluation(config, sources, grid)
         make_run_dir(run_dir)
         report = Reporter(config, run_dir, grid)
-    report.say(f"{grid.started_by}; device {grid.device}")
+        heart.start()
+    report.say(f"life {life()}, attempt {attempt()}; {grid.started_by}; device {grid.device}")
     with grid.agreed():
         if grid.is_first:
             start_from = checkpoints.choose_resume(run_dir, config.run.resume, report.say)
@@ -76,7 +114,13 @@ def train(config: Config, grid: Grid) -> Progress:
             report.say(config_to_yaml(config))
             (run_dir / "config.yaml").write_text(config_to_yaml(config))
             (run_dir / "code.txt").write_text(code_text(Path(titans_pretrain.__file__).parent))
-    start_from, manifest = grid.from_first((start_from, manifest) if grid.is_first else None)
+            halted = (run_dir / STOP).exists()
+            clear_markers(run_dir)
+    start_from, manifest, halted = grid.from_first((start_from, manifest, halted) if grid.is_first else None)
+    if halted:
+        report.say(f"{run_dir / STOP} is there: nothing is trained; remove it to go on")
+        report.close()
+        return Progress()
     with grid.agreed():
         course = chart(config, sources, start_from, manifest)
 
@@ -137,8 +181,10 @@ def train(config: Config, grid: Grid) -> Progress:
     masked = MaskedRows(config.data.max_bad)
     first_step = agreed_at = progress.step
     try:
-        while progress.step < course.steps.num_steps:
+        asked = int(grid.gather_numbers([interruption.reason(run_dir, grid.is_first)]).max())
+        while progress.step < course.steps.num_steps and not asked:
             started = time.perf_counter()
+            heart.phase("data", progress.step + 1)
 
             # Read one optimizer step of this rank; the loss is divided by the valid tokens of all ranks.
             batch: list[MicroBatch] = []
@@ -167,14 +213,18 @@ def train(config: Config, grid: Grid) -> Progress:
             local_loss = 0.0
             engine.begin_step(len(batch))
             for index, (tokens, labels, document_starts) in enumerate(batch):
+                heart.phase("forward-backward", next_progress.step)
                 if index:
                     engine.end_micro_batch()
                 model.set_signals(wants_signals and index == len(batch) - 1)
                 local_loss += float(engine.forward_backward(tokens, labels, scale, document_starts))
             signals = {name: float(value) for name, value in sorted(model.signals().items())} if wants_signals else {}
+            heart.phase("agree", next_progress.step)
+            asked = interruption.reason(run_dir, grid.is_first)
             shared = grid.gather_numbers(
-                [local_loss, memory_in_use(grid.device), saver.is_written(), *signals.values()]
+                [local_loss, memory_in_use(grid.device), saver.is_written(), asked, *signals.values()]
             )
+            asked = int(shared[:, 3].max())
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
 
             # Update, unless something is no longer a number
@@ -182,6 +232,7 @@ def train(config: Config, grid: Grid) -> Progress:
                 stop_not_finite(
                     "loss", loss, next_progress.step, describe_failure(engine, batch, scale, grid), saver.last
                 )
+            heart.phase("update", next_progress.step)
             try:
                 norm = engine.step(rate)
             except NotFiniteError as error:
@@ -200,22 +251,37 @@ def train(config: Config, grid: Grid) -> Progress:
                 learning_rate=rate,
                 seconds=time.perf_counter() - started,
                 memory_bytes=float(shared[:, 1].max()),
-                signals=dict(zip(signals, shared[:, 3:].mean(0).tolist(), strict=True))
+                signals=dict(zip(signals, shared[:, 4:].mean(0).tolist(), strict=True))
                 | (course.mixture.served(progress.position) if wants_signals else {})
                 | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
             )
 
             # Evaluate and save
-            stopping = progress.step == course.steps.num_steps or progress.step - first_step == config.run.stop_after
-            if progress.step == course.steps.num_steps or every(config.eval.interval, progress.step):
+            complete = progress.step == course.steps.num_steps
+            stopping = complete or progress.step - first_step == config.run.stop_after or asked
+            # Who is asked to stop has seconds: evaluation waits for the next life, unless this was the last step.
+            if complete or (every(config.eval.interval, progress.step) and not asked):
+                heart.phase("evaluate", progress.step)
                 model.set_signals(False)
                 report.evaluation(progress, evaluation.run(engine))
+            heart.phase("save", progress.step)
             if saver.busy and shared[:, 2].all():
                 saver.finish()
             if stopping or every(config.checkpoint.interval, progress.step):
-                saver.save(progress, course.identity(progress.position), evaluation.prefix, last=stopping)
+                saver.save(progress, course.identity(progress.position), evaluation.prefix, last=bool(stopping))
             if stopping:
                 break
+        if progress.step == course.steps.num_steps:
+            if grid.is_first:
+                facts = {"step": progress.step, "tokens": progress.tokens, "schedule_tokens": config.schedule.tokens}
+                write_marker(run_dir, DONE, **facts)
+        elif asked:
+            report.say(
+                f"stopping at step {progress.step} because of {reason_text(asked)}; the checkpoint is {saver.last}"
+            )
+            if grid.is_first and asked != STOP_FILE:
+                write_marker(run_dir, PREEMPTED, step=progress.step, signal=reason_text(asked))
+                record_fault(run_dir, "preempted", step=progress.step, text=f"saved after {reason_text(asked)}")
         report.summary(progress, sources.unigram_entropy, saver.last)
         if masked.total:
             report.say(masked.summary())

@@ -176,6 +176,12 @@ class Saver:
             }
         )
         self._say(f"saved {final}: {size / 1e6:,.1f} MB in {total:.2f} s, {stalled:.2f} s of them without training")
+        grace = self._config.faults.grace_seconds
+        if 0 < grace < total:
+            self._say(
+                f"warning: this save took {total:.0f} s, but a preemption leaves faults.grace_seconds={grace:g}: what was "
+                "trained since the checkpoint before would be lost; ask for more grace, or lower checkpoint.interval"
+            )
 
     def _tolerate(self, error: SaveFailed, last: bool) -> None:
         if last or self._config.checkpoint.on_full_disk == "stop":
