@@ -81,7 +81,7 @@ def tiny_tree(data: Path, runs: Path, **overrides: Any) -> dict[str, dict[str, A
     }
     for name, value in overrides.items():
         section, key = name.split("__")
-        tree[section][key] = value
+        tree.setdefault(section, {})[key] = value
     return tree
 
 
