@@ -400,6 +400,36 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """What launch/submit.py asks SLURM for (docs/launching.md). The trainer reads none of it."""
+
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 8
+    """GPUs to ask for on each; 0 for machines without. Default: the usual node."""
+    processes_per_node: int = 0
+    """Ranks on each machine. 0: gpus_per_node."""
+    cpus_per_process: int = 8
+    """CPU cores of a rank: its own, those of the reader and of background saving."""
+    time: str = "24:00:00"
+    """Time limit of one life, as SLURM writes it. The run saves and is requeued when it is near."""
+    partition: str = ""
+    """Empty: the cluster's default."""
+    account: str = ""
+    """Empty: the user's default."""
+    sbatch: str = ""
+    """More flags of sbatch, such as `--qos=low --constraint=h100`."""
+    srun: str = ""
+    """More flags of srun, such as `--container-image=... --container-mounts=...` where the cluster runs containers."""
+    setup: str = ""
+    """Shell commands before the ranks start, such as `module load cuda`."""
+    max_lives: int = 100
+    """Most times a job may be requeued. Default 100: months of preemption, not a loop for ever."""
+    attempts: int = 3
+    """Most times the ranks are started in one life, after a fault."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run itself."""
 
@@ -441,6 +471,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -697,13 +728,15 @@ def _check_ranges(config: Config) -> None:
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
-        "optimizer.eps schedule.tokens engine.loss_chunk log.interval eval.tokens"
+        "optimizer.eps schedule.tokens engine.loss_chunk log.interval eval.tokens cluster.nodes cluster.cpus_per_process "
+        "cluster.attempts"
     )
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
         "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
         "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed "
-        "faults.stall_seconds faults.long_seconds faults.grace_seconds"
+        "faults.stall_seconds faults.long_seconds faults.grace_seconds cluster.gpus_per_node cluster.processes_per_node "
+        "cluster.max_lives"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
 
