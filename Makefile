@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-layouts test-checkpoints test-long lint format docs clean install
+.PHONY: help demo test test-layouts test-checkpoints test-cluster test-long lint format docs clean install
 
 help:
 	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window]   train a small model on real text, export it, let it write"
@@ -17,6 +17,7 @@ help:
 	@echo "make test      lint, types and all tests"
 	@echo "make test-layouts   every layout of ranks x ZeRO stage x model against one process"
 	@echo "make test-checkpoints   every layout's checkpoint resumed under every other, and 30 kills while saving"
+	@echo "make test-cluster   runs on a real SLURM inside this machine: ten preemptions, dead nodes, both ways of tracking"
 	@echo "make test-long   decoding to 131,072 tokens with every variant"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    let ruff rewrite the files"
@@ -29,10 +30,11 @@ demo:
 	@$(MAKE) --no-print-directory install
 	@bash launch/demo.sh "$(VARIANT)" "$(LAYOUT)"
 
-# Two at a time, of one thread each: many tests start several processes of their own. TESTS="tests/model -k mac" runs a part.
+# Three at a time, of one thread each; those on SLURM, which mostly wait, follow each other on one.
+# TESTS="tests/model -k mac" runs a part.
 TESTS ?=
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadgroup $(TESTS)
 
 # Every layout x ZeRO stage x variant, of which `make test` runs a part. Half an hour on 2 cores.
 test-layouts: install
@@ -41,6 +43,11 @@ test-layouts: install
 # Every pair of layouts and ZeRO stages, of which `make test` runs a part, and kills. Five minutes on 2 cores.
 test-checkpoints: install
 	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/train/test_reshard.py tests/train/test_saving.py --timeout=3600
+
+# Ten preemptions in one run, time limits, and all of it once more where SLURM tracks processes by cgroup. Fifteen minutes.
+test-cluster: install
+	OMP_NUM_THREADS=1 TITANS_CLUSTER=1 $(VENV)/bin/python -m pytest tests/launch --timeout=3600
+	OMP_NUM_THREADS=1 TITANS_CLUSTER=1 TITANS_CGROUP=1 $(VENV)/bin/python -m pytest tests/launch --timeout=3600
 
 # Decoding of 131,072 tokens, of which `make test` runs the beginning. Half an hour on 2 cores.
 test-long: install

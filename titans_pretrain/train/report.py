@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from titans_pretrain.config import Config
+from titans_pretrain.errors import UserError
 from titans_pretrain.parallel.grid import Grid
 from titans_pretrain.train.checkpoint import Progress
 
@@ -81,8 +82,9 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line in this rank's log only."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
-        for line in text.splitlines():
-            self._log.write(stamp + line + "\n")
+        with contextlib.suppress(OSError):  # a full disk shows where it costs more: in metrics, in a save
+            for line in text.splitlines():
+                self._log.write(stamp + line + "\n")
 
     def start(self, progress: Progress, flops_per_token: float, num_steps: int) -> None:
         """Open the metrics where the run starts or continues, cutting off what an earlier life wrote after that; look up
@@ -206,7 +208,13 @@ class Reporter:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._metrics is not None
-        self._metrics.write(json.dumps(row) + "\n")
+        try:
+            self._metrics.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._metrics.name}: {error.strerror}; free space there, or move the run with run.dir, and "
+                "start it again: it goes on from its last checkpoint"
+            ) from error
         if self._board is not None:
             for name, value in row.items():
                 if name not in ("step", "tokens"):
@@ -221,7 +229,8 @@ class Reporter:
             self._board.close()
             self._board = None
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # what could not be written was told when it was
+                self._metrics.close()
             self._metrics = None
         self._log.flush()
 
