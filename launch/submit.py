@@ -204,7 +204,7 @@ def prepare(config: Config) -> None:
         code = run / "code" / f"{len(list((run / 'code').glob('*'))):03d}"
         copy_code(code)
         (run / "launch" / "config.yaml").write_text(config_to_yaml(config))
-        for name in ("slurm.sbatch", "node.sh"):
+        for name in ("slurm.sbatch", "node.sh", "node_check.sh"):
             shutil.copyfile(ROOT / "launch" / name, run / "launch" / name)
         cluster = config.cluster
         values = {
@@ -214,6 +214,9 @@ def prepare(config: Config) -> None:
             "TITANS_MAX_LIVES": cluster.max_lives,
             "TITANS_ATTEMPTS": cluster.attempts,
             "TITANS_FROZEN": FROZEN_SECONDS,
+            "TITANS_GPUS": cluster.gpus_per_node,
+            "TITANS_PREFLIGHT": "1" if cluster.preflight else "",
+            "TITANS_SBATCH": shlex.join(sbatch_command(config)[:-2]),
             "TITANS_SRUN": cluster.srun,
             "TITANS_SETUP": cluster.setup,
         }

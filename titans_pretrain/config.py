@@ -404,7 +404,7 @@ class ClusterConfig:
     """What launch/submit.py asks SLURM for (docs/launching.md). The trainer reads none of it."""
 
     nodes: int = 1
-    """Machines."""
+    """Machines of the job; the ranks are this many times those of one."""
     gpus_per_node: int = 8
     """GPUs to ask for on each; 0 for machines without. Default: the usual node."""
     processes_per_node: int = 0
@@ -423,6 +423,9 @@ class ClusterConfig:
     """More flags of srun, such as `--container-image=... --container-mounts=...` where the cluster runs containers."""
     setup: str = ""
     """Shell commands before the ranks start, such as `module load cuda`."""
+    preflight: bool = True
+    """Check nodes and ranks before each life's first step (launch/preflight.py); nodes that fail are left out, and the job is
+    submitted again without them."""
     max_lives: int = 100
     """Most times a job may be requeued. Default 100: months of preemption, not a loop for ever."""
     attempts: int = 3

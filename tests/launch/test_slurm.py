@@ -6,11 +6,13 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.distributed import run_distributed
 from tests.launch.slurm import ROOT, Cluster, Job, write_config
@@ -35,6 +37,7 @@ def tree(dataset: Path, folder: Path, steps: int, **overrides: Any) -> dict[str,
         "cluster__cpus_per_process": 1,
         "cluster__time": "10",
         "cluster__sbatch": "--mem=3000",
+        "cluster__preflight": False,
         "faults__grace_seconds": 20,
     }
     return tiny_tree(dataset, folder, **{**settings, **overrides})
@@ -213,3 +216,122 @@ def environment_of(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return []
+
+
+SITE = """
+import os, sys, time
+fault = open(os.path.dirname(__file__) + "/fault").read()
+if fault == "clock":
+    now = time.time
+    time.time = lambda: now() + 300
+elif fault == "sum" and any("preflight" in word for word in sys.orig_argv):
+    import torch.distributed as dist
+    honest = dist.all_reduce
+    def wrong(x, *args, **kwargs):
+        answer = honest(x, *args, **kwargs)
+        x.view(-1)[7] += 1
+        return answer
+    dist.all_reduce = wrong
+"""
+FAULTS = {
+    "package": r"versions: psutil is 0\.0\.1 on {host}, \S+ elsewhere",
+    "clock": r"clock: {host}'s clock is off by \+\d+\.\d s",
+    "sum": r"all-reduce: all ranks: rank 1 on {host} got a wrong sum",
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "run folder"])
+def test_preflight_finds_a_bad_node_and_the_job_goes_on_without_it(
+    fault: str, cluster: Cluster, dataset: Path, tmp_path: Path
+) -> None:
+    """The fault is in one node's own /scratch, or, for a missing folder, in its own mounts."""
+    host = "node1"
+    scratch = cluster.root / "local" / host / "scratch"
+    if fault == "run folder":
+        (tmp_path / "run").mkdir()
+        init = cluster.run("bash", "-c", f"pgrep -P $(cat {cluster.root}/run/{host}.pid)").split()[0]
+        in_node = ["nsenter", f"--target={init}", "--mount"]
+        cluster.run(*in_node, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "run"))
+    else:
+        (scratch / "psutil-0.0.1.dist-info").mkdir(exist_ok=True)
+        version = "0.0.1" if fault == "package" else __import__("importlib.metadata").metadata.version("psutil")
+        (scratch / "psutil-0.0.1.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: psutil\nVersion: {version}\n"
+        )
+        (scratch / "fault").write_text(fault)
+        (scratch / "sitecustomize.py").write_text(SITE)
+    try:
+        overrides = {"cluster__setup": "export PYTHONPATH=/scratch", "cluster__preflight": True}
+        config = tree(dataset, tmp_path, 5, **overrides)
+        job = cluster.submit(write_config(tmp_path, config))
+        job.wait("the first job's end", lambda: job.state in ("COMPLETED", "FAILED"), 120)
+        assert "submitting again without node1" in job.log(), job.log()[-5000:]
+        if fault == "run folder":
+            assert f"BAD {host} run folder {job.run} is not there" in job.log()
+        else:
+            assert re.search("error: " + FAULTS[fault].format(host=host), job.log()), job.log()[-5000:]
+            assert json.loads((job.run / "preflight.json").read_text())["bad_hosts"] in ([host], [])
+        job.wait("DONE", lambda: (job.run / "DONE").exists(), 120)
+        hosts = {json.loads(path.read_text())["host"] for path in (job.run / "heartbeat").iterdir()}
+        assert hosts == {"node0", "node2"}
+        assert [row["step"] for row in job.rows()] == [1, 2, 3, 4, 5]
+    finally:
+        if fault == "run folder":
+            cluster.run(*in_node, "umount", str(tmp_path / "run"))
+        for name in ("fault", "sitecustomize.py"):
+            (scratch / name).unlink(missing_ok=True)
+        for path in scratch.glob("*.dist-info/METADATA"):
+            path.unlink()
+            path.parent.rmdir()
+
+
+def test_a_sweep_of_six_two_at_a_time(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """One loses a rank and is tried again, one can never start; submitted again, only that one runs."""
+    config = tree(dataset, tmp_path, 60, cluster__nodes=1, cluster__attempts=2, model__variant="transformer")
+    sweep = {
+        "name": "grid",
+        "config": str(write_config(tmp_path, config)),
+        "parallel": 2,
+        "axes": {"optimizer.learning_rate": [0.01, 0.003], "run.seed": [0, 1, 2]},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    folder = tmp_path / "grid"
+
+    def status() -> list[str]:
+        found = cluster.run(sys.executable, "launch/sweep.py", "status", str(path), "--json")
+        return [row["status"] for row in json.loads(found)]
+
+    # Run 4 finds a file where its checkpoints should go.
+    (folder / "004").mkdir(parents=True)
+    (folder / "004" / "checkpoints").write_text("not a folder")
+    assert status() == ["waiting"] * 6
+    said = cluster.run(sys.executable, "launch/sweep.py", "submit", str(path))
+    number = said.split("submitted job ")[1].split()[0]
+    killed, most = False, 0
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        states = cluster.run("squeue", "-h", "-r", "-j", number, "-o", "%T", check=False).split()
+        most = max(most, states.count("RUNNING"))
+        if not killed and (pids := pids_of(folder / "001")) and (folder / "001" / "metrics.jsonl").exists():
+            ranks = [pid for pid in pids if "RANK=0" in environment_of(pid)]
+            for pid in ranks:
+                os.kill(pid, signal.SIGKILL)
+            killed = bool(ranks)
+        if not [state for state in states if state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")]:
+            break
+        time.sleep(0.3)
+    assert killed
+    assert most == 2
+    assert status() == ["done", "done", "done", "done", "failed", "done"]
+    assert json.loads((folder / "001" / "DONE").read_text())["attempt"] == 1
+    before = {index: (folder / f"{index:03d}" / "metrics.jsonl").stat().st_mtime for index in (0, 1, 2, 3, 5)}
+
+    (folder / "004" / "checkpoints").unlink()
+    assert "with 1 runs" in cluster.run(sys.executable, "launch/sweep.py", "submit", str(path))
+    deadline = time.monotonic() + 60
+    while status()[4] != "done" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert status() == ["done"] * 6
+    assert before == {index: (folder / f"{index:03d}" / "metrics.jsonl").stat().st_mtime for index in before}
+    assert "nothing is left to do" in cluster.run(sys.executable, "launch/sweep.py", "submit", str(path))
