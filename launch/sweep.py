@@ -11,7 +11,7 @@
       model.memory_chunk: [16, 64]
       optimizer.learning_rate: [1e-3, 3e-3]
 
-Each run is what launch/submit.py would submit: requeued when preempted, tried again cluster.attempts times. A run that fails for
+Each run is what launch/submit.py would submit: requeued when preempted, tried cluster.attempts times. A run that fails for
 good does not stop the others.
 """
 
