@@ -38,7 +38,7 @@ BUSY_SECONDS = 30.0
 FROZEN_SECONDS = 120
 """Silence of all ranks after which the batch script ends them."""
 COPIED = ("titans_pretrain", "launch", "tools", "setup.cfg", "pyproject.toml")
-"""What is copied where there is no git to ask."""
+"""What a job needs of this tree."""
 
 
 @exit_on_user_error
