@@ -394,6 +394,19 @@ class FaultsConfig:
     others wait for, and ends. 0: never. Default 600: far above any step, far below what a queue's time costs."""
     long_seconds: float = 3600.0
     """The same for the start, the first step (compilation), evaluations and waiting for a save. 0: never."""
+    on_not_finite: str = one_of("stop", "stop", "skip", "rewind")
+    """A loss or gradient norm that is not finite: stop; skip the update, count the step and go on; or rewind, which also goes
+    back to the weights and optimizer of the last checkpoint. Default stop: skipping in silence hides a broken run."""
+    on_spike: str = one_of("off", "off", "skip", "rewind", "stop")
+    """The same for a loss far above those before it (spike_sigma). Default off: a warm learning rate's own jumps are not
+    spikes, and what is one depends on the data."""
+    spike_sigma: float = 8.0
+    """A spike is above the median of the last losses by this many standard deviations, taken from their median absolute
+    deviation. Default 8: noise of a batch stays below 5."""
+    spike_window: int = 128
+    """Steps whose losses say what is normal; nothing is a spike before half of them are made."""
+    max_skips: int = 10
+    """Most bad steps between a start of the run and the next; one more stops it. Default 10: more is no accident."""
     grace_seconds: float = 120.0
     """Time between the signal that announces a preemption and the kill, which launch/slurm.sbatch asks SLURM for. A save that
     takes longer than it is warned of. 0: unknown."""
@@ -731,14 +744,16 @@ def _check_ranges(config: Config) -> None:
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
-        "optimizer.eps schedule.tokens engine.loss_chunk log.interval eval.tokens cluster.nodes cluster.cpus_per_process "
+        "optimizer.eps schedule.tokens engine.loss_chunk log.interval eval.tokens faults.spike_sigma faults.spike_window "
+        "cluster.nodes cluster.cpus_per_process "
         "cluster.attempts"
     )
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
         "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
         "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed "
-        "faults.stall_seconds faults.long_seconds faults.grace_seconds cluster.gpus_per_node cluster.processes_per_node "
+        "faults.stall_seconds faults.long_seconds faults.grace_seconds faults.max_skips "
+        "cluster.gpus_per_node cluster.processes_per_node "
         "cluster.max_lives"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"

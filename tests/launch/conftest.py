@@ -19,6 +19,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(reason)
     tracked = os.environ.get("TITANS_CGROUP", "0")  # 1: as real clusters track processes; needs cgroup v1
     cluster = Cluster(tmp_path_factory.mktemp("slurm"), NODES="3", CPUS="8", GPUS="2", CGROUP=tracked)
-    cluster.up()
-    yield cluster
-    cluster.down()
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()

@@ -45,7 +45,7 @@ class Cluster:
         self.run("bash", str(SCRIPT), "up")
 
     def down(self) -> None:
-        self.run("bash", str(SCRIPT), "down")
+        self.run("bash", str(SCRIPT), "down", check=False)
         subprocess.run(["umount", "-l", str(self.small)], check=False)
 
     def run(self, *command: str, cwd: Path = ROOT, timeout: float = 60.0, check: bool = True) -> str:

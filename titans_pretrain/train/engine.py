@@ -216,6 +216,25 @@ class Engine:
             raise NotFiniteError(norm)
         return norm
 
+    def drop_step(self) -> None:
+        """End a step whose micro-batches are done without an update. Collective.
+
+        DeepSpeed drops a step by itself when its gradients are not finite, and clears all it has accumulated; there is no
+        other door. So they are made so.
+        """
+        if self.stage == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        else:
+            held = self._engine.optimizer.averaged_gradients
+            gradients = [tensor for tensors in held.values() for tensor in tensors or () if tensor is not None]
+        for gradient in gradients:
+            gradient.fill_(math.inf)
+        try:
+            self.step(0.0)
+        except NotFiniteError:
+            return
+        raise RuntimeError("DeepSpeed applied a step that was to be dropped")
+
     def _gradient_norm(self) -> float:
         """Of whole gradients at hand, each parameter counted once: split ones over the tensor ranks, others here."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -331,6 +350,8 @@ class Engine:
             device = flat.device if self._adamw.param_groups[0]["fused"] else "cpu"
             state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        else:
+            state["step"].fill_(step)
         return state
 
 

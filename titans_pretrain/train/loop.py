@@ -35,6 +35,7 @@ from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.heartbeat import FAILED, Heartbeat
 from titans_pretrain.train.lifecycle import (
     DONE,
+    FAULTS,
     PREEMPTED,
     STOP,
     STOP_FILE,
@@ -50,6 +51,7 @@ from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.saving import SaveFailed, Saver
 from titans_pretrain.train.schedule import learning_rate
+from titans_pretrain.train.spikes import SpikeWatch, earlier_losses, samples_text
 from titans_pretrain.train.starting_weights import check_starting_weights, starting_weights
 from titans_pretrain.train.watch import describe_failure
 
@@ -179,6 +181,8 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
     )
     saver = Saver(run_dir, config, sources, engine, grid, report.say, report.record, start_from)
     masked = MaskedRows(config.data.max_bad)
+    window = config.faults.spike_window
+    spikes = SpikeWatch(config.faults, grid.from_first(earlier_losses(run_dir, progress.step, window)))
     first_step = agreed_at = progress.step
     try:
         asked = int(grid.gather_numbers([interruption.reason(run_dir, grid.is_first)]).max())
@@ -227,34 +231,67 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             asked = int(shared[:, 3].max())
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
 
-            # Update, unless something is no longer a number
-            if not math.isfinite(loss):
-                stop_not_finite(
-                    "loss", loss, next_progress.step, describe_failure(engine, batch, scale, grid), saver.last
-                )
+            # Update, unless the step is a bad one
             heart.phase("update", next_progress.step)
-            try:
-                norm = engine.step(rate)
-            except NotFiniteError as error:
-                cause = describe_failure(engine, batch, scale, grid)
-                stop_not_finite("gradient norm", error.norm, next_progress.step, cause, saver.last)
-            batch_tokens = next_progress.tokens - progress.tokens
+            norm, what, value = 0.0, "loss", loss
+            spike = math.isfinite(loss) and loss > spikes.threshold()
+            remedy = config.faults.on_spike if spike else config.faults.on_not_finite
+            bad = spike or not math.isfinite(loss)
+            if bad and remedy != "stop":
+                engine.drop_step()
+            elif not bad:
+                try:
+                    norm = engine.step(rate)
+                except NotFiniteError as error:
+                    bad, what, value = True, "gradient norm", error.norm
+            if bad:
+                text = (
+                    spike_text(loss, spikes.threshold())
+                    if spike
+                    else f"the {what} is {value} at step {next_progress.step}"
+                )
+                if grid.is_first:
+                    samples = samples_text(course.mixture, progress.position, next_progress.position)
+                    kind = "spike" if spike else "not_finite"
+                    record_fault(run_dir, kind, step=next_progress.step, remedy=remedy, text=text, samples=samples)
+                if remedy == "stop" and spike:
+                    raise AgreedError(
+                        f"{text} at step {next_progress.step}; {FAULTS} has the batch's samples; {HOW_TO_GO_ON}"
+                    )
+                if remedy == "stop":
+                    cause = describe_failure(engine, batch, scale, grid)
+                    stop_not_finite(what, value, next_progress.step, cause, saver.last)
+                if not spikes.count():
+                    raise AgreedError(
+                        f"{text}; it is bad step {spikes.bad} since the start, and faults.max_skips={config.faults.max_skips} "
+                        f"are allowed; the last checkpoint is {saver.last}"
+                    )
+                if remedy == "rewind":
+                    saver.finish()
+                    if saver.last is not None:
+                        manifest = checkpoints.read_manifest(saver.last)
+                        checkpoints.load_checkpoint(saver.last, manifest, config, engine, grid)
+                        text += f"; the weights are again those of {saver.last.name}"
+                report.skipped(next_progress, loss, f"{text}; the update was not made")
             progress = next_progress
-            if every(config.parallel.check_interval, progress.step):
-                check_copies(engine, grid, progress.step, partial(way_back, run_dir, agreed_at, start_from))
-                agreed_at = progress.step
-            report.step(
-                progress,
-                batch_tokens=batch_tokens,
-                loss=loss,
-                grad_norm=norm,
-                learning_rate=rate,
-                seconds=time.perf_counter() - started,
-                memory_bytes=float(shared[:, 1].max()),
-                signals=dict(zip(signals, shared[:, 4:].mean(0).tolist(), strict=True))
-                | (course.mixture.served(progress.position) if wants_signals else {})
-                | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
-            )
+            if not bad:
+                spikes.good(loss)
+                batch_tokens = course.steps.batch_tokens(progress.step - 1)
+                if every(config.parallel.check_interval, progress.step):
+                    check_copies(engine, grid, progress.step, partial(way_back, run_dir, agreed_at, start_from))
+                    agreed_at = progress.step
+                report.step(
+                    progress,
+                    batch_tokens=batch_tokens,
+                    loss=loss,
+                    grad_norm=norm,
+                    learning_rate=rate,
+                    seconds=time.perf_counter() - started,
+                    memory_bytes=float(shared[:, 1].max()),
+                    signals=dict(zip(signals, shared[:, 4:].mean(0).tolist(), strict=True))
+                    | (course.mixture.served(progress.position) if wants_signals else {})
+                    | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
+                )
 
             # Evaluate and save
             complete = progress.step == course.steps.num_steps
@@ -267,7 +304,8 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             heart.phase("save", progress.step)
             if saver.busy and shared[:, 2].all():
                 saver.finish()
-            if stopping or every(config.checkpoint.interval, progress.step):
+            # After a rewind too, or the next life would begin before the bad step.
+            if stopping or every(config.checkpoint.interval, progress.step) or (bad and remedy == "rewind"):
                 saver.save(progress, course.identity(progress.position), evaluation.prefix, last=bool(stopping))
             if stopping:
                 break
@@ -368,6 +406,14 @@ def make_run_dir(run_dir: Path) -> None:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create run folder {run_dir}: {error.strerror}; change run.dir or run.name") from error
+
+
+HOW_TO_GO_ON = "start again with faults.on_spike=skip or rewind to leave it out"
+
+
+def spike_text(loss: float, threshold: float) -> str:
+    """What was seen."""
+    return f"the loss is {loss:.4f}, above {threshold:.4f}: a spike (faults.spike_sigma)"
 
 
 def way_back(run_dir: Path, agreed_at: int, start_from: Path | None) -> str:

@@ -145,6 +145,15 @@ class Reporter:
         if progress.step % self.config.log.interval == 0 or progress.step in (1, self.num_steps):
             self._line(row)
 
+    def skipped(self, progress: Progress, loss: float, text: str) -> None:
+        """A step without an update; its loss is in the metrics if it is a number. Only rank 0 writes."""
+        self._step = progress.step
+        self.say(f"step {progress.step} | {text}")
+        if self._metrics is not None:
+            # Under a name of its own: whoever reads "loss" wants steps that were made.
+            numbers = {"bad_loss": loss} if math.isfinite(loss) else {}
+            self._write({"step": progress.step, "tokens": progress.tokens, **numbers, "skipped": 1})
+
     def _line(self, row: Mapping[str, Any]) -> None:
         now = time.perf_counter()
         total = self.num_steps
