@@ -370,6 +370,10 @@ class LogConfig:
     peak_tflops: float = 0.0
     """The device's peak TFLOP/s that MFU divides by. 0: the data sheet's value for a known GPU, else a matrix product
     measured at start."""
+    profile_start: int = 0
+    """First step of a window under torch's profiler, on every rank; traces go to RUN/profile. 0: none."""
+    profile_steps: int = 3
+    """Steps of that window. Default 3: enough to see a step repeat, and files of some megabytes."""
 
 
 @dataclass(frozen=True)
@@ -744,7 +748,8 @@ def _check_ranges(config: Config) -> None:
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
-        "optimizer.eps schedule.tokens engine.loss_chunk log.interval eval.tokens faults.spike_sigma faults.spike_window "
+        "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens "
+        "faults.spike_sigma faults.spike_window "
         "cluster.nodes cluster.cpus_per_process "
         "cluster.attempts"
     )
@@ -752,7 +757,7 @@ def _check_ranges(config: Config) -> None:
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
         "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
         "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed "
-        "faults.stall_seconds faults.long_seconds faults.grace_seconds faults.max_skips "
+        "faults.stall_seconds faults.long_seconds faults.grace_seconds faults.max_skips log.profile_start "
         "cluster.gpus_per_node cluster.processes_per_node "
         "cluster.max_lives"
     )

@@ -104,7 +104,8 @@ def outrank(job: Job) -> None:
 def test_preempted_again_and_again_it_is_the_unbroken_run(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     ways = [signal_batch, requeue, outrank, term_ranks]
     ways = [ways[n % 4] for n in range(10)] if WHOLE else ways
-    config = tree(dataset, tmp_path, 40 + 30 * len(ways))
+    # Saving after every step: whatever comes, comes during a save.
+    config = tree(dataset, tmp_path, 40 + 30 * len(ways), checkpoint__interval=1)
     job = cluster.submit(write_config(tmp_path, config))
     for life, way in enumerate(ways):
         done = job.rows()[-1]["step"] if life else 0

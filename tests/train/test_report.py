@@ -139,3 +139,14 @@ def test_tensorboard_groups_what_each_source_tells() -> None:
         "loss": "train/loss",
     }
     assert {name: _board_name(name) for name in names} == names
+
+
+def test_a_window_of_steps_is_profiled_on_every_rank(dataset: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(dataset, tmp_path, model__variant="transformer", schedule__tokens=5 * 8 * SEQ_LEN)
+    tree["log"].update(profile_start=2, profile_steps=2)
+    assert run_distributed(train_job, 2, tree) == [None, None]
+    for rank in (0, 1):
+        trace = json.loads((tmp_path / "run" / "profile" / f"rank_{rank:05d}.json").read_text())
+        assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+        assert "Self CPU time total" in (tmp_path / "run" / "profile" / f"rank_{rank:05d}.txt").read_text()
+    assert "profiled steps 2 to 3" in (tmp_path / "run" / "log" / "rank_0.txt").read_text()

@@ -102,6 +102,9 @@ def join(environment: Environment, device_kind: str) -> Grid:
                 f"local rank {environment.local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
                 "start one process per GPU or set run.device=cpu"
             )
+        # NCCL's flight recorder: the last collectives of a rank, written out when one of them times out.
+        for name, value in (("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")):
+            os.environ.setdefault(name, value)
         device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)
     # DeepSpeed reads these, whatever started us.

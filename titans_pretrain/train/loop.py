@@ -48,6 +48,7 @@ from titans_pretrain.train.lifecycle import (
     write_marker,
 )
 from titans_pretrain.train.masking import MaskedRows
+from titans_pretrain.train.profiling import Profiler
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.saving import SaveFailed, Saver
 from titans_pretrain.train.schedule import learning_rate
@@ -183,10 +184,12 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
     masked = MaskedRows(config.data.max_bad)
     window = config.faults.spike_window
     spikes = SpikeWatch(config.faults, grid.from_first(earlier_losses(run_dir, progress.step, window)))
+    profiler = Profiler(config.log, run_dir, grid.rank, grid.device, report.say)
     first_step = agreed_at = progress.step
     try:
         asked = int(grid.gather_numbers([interruption.reason(run_dir, grid.is_first)]).max())
         while progress.step < course.steps.num_steps and not asked:
+            profiler.begin(progress.step + 1)
             started = time.perf_counter()
             heart.phase("data", progress.step + 1)
 
@@ -309,6 +312,7 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
                 saver.save(progress, course.identity(progress.position), evaluation.prefix, last=bool(stopping))
             if stopping:
                 break
+        profiler.close()
         if progress.step == course.steps.num_steps:
             if grid.is_first:
                 facts = {"step": progress.step, "tokens": progress.tokens, "schedule_tokens": config.schedule.tokens}
