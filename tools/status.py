@@ -26,6 +26,8 @@ from titans_pretrain.train.lifecycle import DONE, FAULTS, PREEMPTED, STOP, read_
 
 SILENT_SECONDS = 30.0
 """A rank whose heartbeat is older is not running."""
+SLOW_RATIO = 1.3
+"""A rank whose forward passes take this many times the median rank's is worth a line."""
 OVER = ("ended", "refused", "lost a peer", "failed")
 """Beginnings of the phases that a rank ends with."""
 
@@ -78,6 +80,7 @@ def status(run: Path) -> dict[str, Any]:
         "loss": steps[-1]["loss"] if steps else None,
         "valid_loss": valid[-1]["valid_loss"] if valid else None,
         "tokens_per_second": rate,
+        "slowest": {key: steps[-1].get(key) for key in ("slowest_rank", "slowest_rank_ratio")} if steps else None,
         "seconds_left": max(0.0, left / rate) if rate and state != "done" else None,
         "last_checkpoint": checkpoints[-1] if checkpoints else None,
         "lives": 1 + max((beat["life"] for beat in beats.values()), default=0),
@@ -158,6 +161,11 @@ def as_text(found: dict[str, Any], ranks: bool) -> str:
         f"  checkpoint  {found['last_checkpoint'] or 'none yet'}",
         f"  lives       {found['lives']}, attempt {found['attempt']} of this one",
     ]
+    slowest = found["slowest"] or {}
+    if (slowest.get("slowest_rank_ratio") or 1.0) > SLOW_RATIO:
+        lines.append(
+            f"  slow        rank {slowest['slowest_rank']}, {slowest['slowest_rank_ratio']:.1f} times the median"
+        )
     if found["faults"]:
         lines.append("  faults      " + ", ".join(f"{kind} {count}" for kind, count in found["faults"].items()))
         lines.append(f"  the last    {found['last_fault'].get('text', '')}")

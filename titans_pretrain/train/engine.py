@@ -30,6 +30,7 @@ from titans_pretrain.parallel.grid import Grid, ModelParallelUnit
 from titans_pretrain.parallel.tensor import is_split
 from titans_pretrain.train.durable import Pages, write_file
 from titans_pretrain.train.saved_state import DEEPSPEED_FOLDER, KINDS, SavedState
+from titans_pretrain.train.stragglers import Stopwatch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch\.distributed")
@@ -127,6 +128,8 @@ class Engine:
         self.device = grid.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         """Of this rank: a tensor rank has its slice."""
+        self.forward_time = Stopwatch(grid.device)
+        """Of the present step's forward passes."""
         self._tensor, self._replica = grid.tensor, grid.replica
         self._adamw = _adamw(config, model, grid.device)
         with _quiet():
@@ -148,6 +151,7 @@ class Engine:
 
     def begin_step(self, micro_batches: int) -> None:
         """Before a step's first micro-batch: how many it has, where that may change (data.batch_ramp)."""
+        self.forward_time.restart()
         engine = self._engine
         if micro_batches == engine.gradient_accumulation_steps():
             return
@@ -172,7 +176,8 @@ class Engine:
         Returns:
             this rank's unscaled loss sum, fp32 scalar, detached.
         """
-        loss = self._engine(_training_loss, *self.at_hand(tokens, labels, document_starts))
+        with self.forward_time.running():
+            loss = self._engine(_training_loss, *self.at_hand(tokens, labels, document_starts))
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
 

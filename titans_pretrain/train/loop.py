@@ -54,6 +54,7 @@ from titans_pretrain.train.saving import SaveFailed, Saver
 from titans_pretrain.train.schedule import learning_rate
 from titans_pretrain.train.spikes import SpikeWatch, earlier_losses, samples_text
 from titans_pretrain.train.starting_weights import check_starting_weights, starting_weights
+from titans_pretrain.train.stragglers import slowest
 from titans_pretrain.train.watch import describe_failure
 
 
@@ -229,7 +230,10 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             heart.phase("agree", next_progress.step)
             asked = interruption.reason(run_dir, grid.is_first)
             shared = grid.gather_numbers(
-                [local_loss, memory_in_use(grid.device), saver.is_written(), asked, *signals.values()]
+                [
+                    *(local_loss, memory_in_use(grid.device), saver.is_written(), asked),
+                    *(engine.forward_time.seconds(), *signals.values()),
+                ]
             )
             asked = int(shared[:, 3].max())
             loss = float(grid.distinct(shared)[:, 0].sum()) / num_valid
@@ -291,7 +295,8 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
                     learning_rate=rate,
                     seconds=time.perf_counter() - started,
                     memory_bytes=float(shared[:, 1].max()),
-                    signals=dict(zip(signals, shared[:, 4:].mean(0).tolist(), strict=True))
+                    signals=dict(zip(signals, shared[:, 5:].mean(0).tolist(), strict=True))
+                    | slowest(shared[:, 4].tolist())
                     | (course.mixture.served(progress.position) if wants_signals else {})
                     | ({"masked_rows": masked.of_step(progress.step)} if config.data.on_bad == "skip" else {}),
                 )

@@ -2,7 +2,8 @@
 
 metrics.jsonl holds one object per optimizer step (step, tokens, loss, perplexity, grad_norm, lr, tokens_per_second,
 tflops, mfu, memory_bytes, seconds; at log intervals the memory's signals and, of a mixture, tokens/NAME and epochs/NAME
-that each source has served since its stream began) and one per evaluation (step, tokens, valid_loss, valid_perplexity, and
+that each source has served since its stream began; slowest_rank, its slowest_rank_seconds of forward passes and
+slowest_rank_ratio to the median rank's) and one per evaluation (step, tokens, valid_loss, valid_perplexity, and
 of a mixture valid_loss/NAME, ...). Losses are nats per token, over all ranks; memory is the largest rank's.
 """
 
