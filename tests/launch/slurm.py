@@ -132,7 +132,15 @@ def has_what_it_needs() -> str | None:
     for program in ("slurmctld", "slurmd", "munged", "ip", "unshare"):
         if subprocess.run(["which", program], capture_output=True).returncode:
             return f"{program} is not installed (Debian: apt-get install slurmctld slurmd slurm-client munge iproute2)"
-    return None
+    probe = f"""
+        set -e
+        unshare --uts --ipc --mount --pid --fork --mount-proc --net bash -c 'hostname probe; mount -t tmpfs tmpfs /mnt'
+        ip netns add probe{os.getpid()}; ip netns del probe{os.getpid()}
+        ip link add pb{os.getpid() % 99999} type bridge; ip link del pb{os.getpid() % 99999}
+        folder=$(mktemp -d); mknod $folder/gpu c 1 3; rm -r $folder
+    """
+    done = subprocess.run(["bash", "-c", probe], capture_output=True, text=True)
+    return f"namespaces and devices cannot be made: {' '.join(done.stderr.split())}" if done.returncode else None
 
 
 def write_config(folder: Path, tree: Mapping[str, Any]) -> Path:
