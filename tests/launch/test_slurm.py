@@ -136,6 +136,29 @@ def test_the_time_limit_is_one_more_preemption(cluster: Cluster, dataset: Path, 
     assert_equals_unbroken(job, config, tmp_path / "one")
 
 
+def test_a_drained_node_is_left_and_a_cancelled_job_can_be_submitted_again(
+    cluster: Cluster, dataset: Path, tmp_path: Path
+) -> None:
+    config = tree(dataset, tmp_path, 500)
+    job = cluster.submit(write_config(tmp_path, config))
+    job.wait_for_step(5)
+    cluster.run("scontrol", "update", "nodename=node1", "state=drain", "reason=test")
+    try:
+        signal_batch(job)  # a drained node keeps its jobs until they leave
+        job.wait("a life elsewhere", lambda: job.lives == 1 and job.state == "RUNNING", 60)
+    finally:
+        cluster.run("scontrol", "update", "nodename=node1", "state=resume")
+    assert job.facts()["NodeList"] == "node[0,2]"
+    done = job.rows()[-1]["step"]
+    job.wait_for_step(done + 5)
+    cluster.run("scancel", str(job.number))
+    assert job.wait_for_end() == "CANCELLED"
+    assert cluster.processes(job.run) == []
+    again = cluster.submit(write_config(tmp_path, config))
+    assert again.wait_for_end() == "COMPLETED", again.log()[-4000:]
+    assert_equals_unbroken(again, config, tmp_path / "one")
+
+
 def test_a_dead_node_costs_one_life(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, 150, cluster__attempts=1)
     job = cluster.submit(write_config(tmp_path, config))
@@ -156,8 +179,8 @@ def test_a_dead_node_costs_one_life(cluster: Cluster, dataset: Path, tmp_path: P
 
 
 def test_a_stuck_rank_is_named_and_the_job_goes_on(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
-    stall = 5
-    config = tree(dataset, tmp_path, 120, faults__stall_seconds=stall, cluster__attempts=2)
+    stall = 15  # a crowded machine may take seconds over a step
+    config = tree(dataset, tmp_path, 120, faults__stall_seconds=stall, cluster__attempts=4)
     job = cluster.submit(write_config(tmp_path, config))
     job.wait_for_step(25)
     beat = json.loads((job.run / "heartbeat" / "rank_00001.json").read_text())
@@ -172,7 +195,7 @@ def test_a_stuck_rank_is_named_and_the_job_goes_on(cluster: Cluster, dataset: Pa
         lambda: (file := job.run / "faults.jsonl").exists() and json.loads(file.read_text().splitlines()[0]),
     )
     assert (fault["kind"], fault["rank"], fault["host"]) == ("hang", 1, beat["host"])
-    assert stall < fault["time"] - began < stall + 8
+    assert stall < fault["time"] - began < stall + 10
     assert "loop.py" in (job.run / "stacks" / "rank_00000.txt").read_text()
     assert job.wait_for_end(180) == "COMPLETED", job.log()[-4000:]
     assert re.search(rf"error: nothing moved for \d+ s .*: rank 1 on {beat['host']} does not run", job.log())

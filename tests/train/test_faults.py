@@ -127,6 +127,18 @@ def test_sigterm_to_torchrun_saves_and_the_next_life_goes_on(dataset: Path, tmp_
     assert (job.run / "checkpoints" / f"step_{marker['step']:08d}" / "manifest.json").exists()
 
 
+def test_ranks_die_with_their_agent(dataset: Path, tmp_path: Path) -> None:
+    job = Job(dataset, tmp_path)
+    pids = job.wait_for_step(3)
+    ranks = [psutil.Process(pid) for pid in pids]
+    job.process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
+    job.process.communicate()
+
+
 RAISING = """
 import os, sys
 from titans_pretrain.train.__main__ import main
