@@ -153,7 +153,7 @@ def read(study: Study, points: Sequence[Point]) -> list[SeriesFit]:
 
 
 def _valley(tree: dict[str, Any]) -> Valley:
-    values = {
+    values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in tree.items() if key != "verdict"
     }
     return Valley(**values)

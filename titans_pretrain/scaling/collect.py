@@ -1,6 +1,7 @@
 """Which points do the finished runs leave, and which runs are left out, and why?
 
-Reads RUN/config.yaml and RUN/metrics.jsonl (train/report.py says what is in them), never logs.
+Reads RUN/config.yaml and RUN/metrics.jsonl (train/report.py says what is in them), never logs. Where metrics end early, the
+launcher's marker RUN/FAILED tells a run that diverged and was stopped from one that is not finished.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,12 @@ from typing import Any
 from titans_pretrain.config import Config, load_config
 from titans_pretrain.errors import UserError
 from titans_pretrain.model.cost import flops_per_token
-from titans_pretrain.scaling.grid import Grid, PlannedRun, counts
+from titans_pretrain.scaling.grid import Grid, PlannedRun, counts, ranks
 from titans_pretrain.scaling.study import COUNTS, Collecting, Study
 
 POINTS, RATES = "points.json", "learning_rate.json"
+FAILED = "FAILED"
+"""The marker of launch/ for a run that was given up, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_point(planned: PlannedRun, rules: Collecting, processes: int) -> Point:
+def read_point(planned: PlannedRun, rules: Collecting) -> Point:
     """The point of one run.
 
     Raises:
@@ -107,7 +111,7 @@ def read_point(planned: PlannedRun, rules: Collecting, processes: int) -> Point:
     if rise > rules.spike:
         raise LeftOut(f"diverged: the loss rose by {rise:.2f} nats up to step {at}")
     if not steps or last < config.num_steps:
-        raise LeftOut(f"incomplete: step {last} of {config.num_steps}")
+        raise LeftOut(_why_incomplete(folder, f"step {last} of {config.num_steps}"))
     evaluations = [row for row in rows if "valid_loss" in row and row["step"] == last]
     valid = float(evaluations[-1]["valid_loss"]) if evaluations else math.nan
     end = [row["loss"] for row in steps[-rules.last :]]
@@ -137,8 +141,18 @@ def read_point(planned: PlannedRun, rules: Collecting, processes: int) -> Point:
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         mfu=mfu,
-        peak_tflops=tflops / mfu / processes if mfu else 0.0,
+        peak_tflops=tflops / mfu / ranks(config) if mfu else 0.0,
     )
+
+
+def _why_incomplete(folder: Path, place: str) -> str:
+    try:
+        text = " ".join((folder / FAILED).read_text(encoding="utf-8").split())
+    except OSError:
+        return f"incomplete: {place}"
+    # What the trainer says when it stops at a number that is none (faults.on_not_finite=stop).
+    kind = "diverged" if re.search(r"the (loss|gradient norm) is (nan|-?inf)", text) else "failed"
+    return f"{kind}: {place}: {text}"
 
 
 def _check_finite(steps: Sequence[Mapping[str, Any]]) -> None:
@@ -202,7 +216,7 @@ def collect(study: Study, grid: Grid) -> Collected:
     left_out: dict[str, str] = {}
     for run in grid.runs:
         try:
-            found[run.name] = read_point(run, study.collect, study.processes)
+            found[run.name] = read_point(run, study.collect)
         except LeftOut as error:
             left_out[run.name] = str(error)
     rates = {}

@@ -122,6 +122,12 @@ def counts(model: ModelConfig) -> dict[str, int]:
     }
 
 
+def ranks(config: Config) -> int:
+    """Processes of a run, as the launchers start them."""
+    cluster = config.cluster
+    return cluster.nodes * (cluster.processes_per_node or cluster.gpus_per_node or 1)
+
+
 def complete(study: Study, of: Shape, tokens: float, base: float, name: str) -> Config:
     """The config of a run of `tokens`, rounded to whole steps, by the study's rules; base 0: the config's own rate.
 
@@ -129,9 +135,8 @@ def complete(study: Study, of: Shape, tokens: float, base: float, name: str) -> 
         UserError: the ranks cannot share the batch.
     """
     config = of.config
-    ranks = study.processes
     shared = config.parallel.sequence * config.parallel.tensor
-    multiple = config.data.seq_len * max(1, ranks // shared) * (config.data.micro_batch or 1)
+    multiple = config.data.seq_len * max(1, ranks(config) // shared) * (config.data.micro_batch or 1)
     batch = config.data.batch_tokens
     if study.batch is not None:
         batch = study.batch.batch_tokens(tokens, multiple)
@@ -146,7 +151,7 @@ def complete(study: Study, of: Shape, tokens: float, base: float, name: str) -> 
         schedule=dataclasses.replace(config.schedule, tokens=steps * batch),
         run=dataclasses.replace(config.run, dir=str(study.folder), name=name),
     )
-    choose_layout(config, ranks)
+    choose_layout(config, ranks(config))
     return config
 
 

@@ -101,7 +101,6 @@ class Study:
     batch: BatchRule | None = None
     learning_rate: RateRule = RateRule()
     count: str = "non_embedding"
-    processes: int = 1
     parallel: int = 1
     collect: Collecting = Collecting()
     bootstrap: int = 200
@@ -174,7 +173,7 @@ def study_from_dict(tree: Any, where: str = "the study") -> Study:
         given["learning_rate"] = _rate_rule(given["learning_rate"], f"{where}: learning_rate")
     if "collect" in given:
         given["collect"] = _collecting(given["collect"], f"{where}: collect")
-    for key in ("processes", "parallel", "bootstrap"):
+    for key in ("parallel", "bootstrap"):
         if key in given:
             given[key] = int(_number(given[key], f"{where}: {key}"))
     if given.get("count", COUNTS[0]) not in COUNTS:
