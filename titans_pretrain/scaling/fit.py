@@ -62,7 +62,7 @@ class Fit:
         """What makes the constants doubtful, in sentences."""
         said = []
         for name, what in (("A", "the size"), ("B", "the tokens")):
-            if getattr(self.law, name) <= 0:
+            if getattr(self.law, name) < 1e-6:  # nats at N or D of 1, less everywhere else
                 said.append(f"{name} is 0: in these points the loss does not fall with {what}")
         if self.law.E <= 0:
             said.append("E is 0: the points are too far from their limit to show one")
