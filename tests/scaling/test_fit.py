@@ -24,7 +24,7 @@ def wide_grid() -> tuple[np.ndarray, np.ndarray]:
 def test_noise_of_half_a_percent_leaves_the_constants(law: Law, seed: int) -> None:
     n, d = wide_grid()
     found = fit(n, d, noisy(law, n, d, 0.005, seed)).law
-    assert found.E == pytest.approx(law.E, rel=0.02)
+    assert pytest.approx(law.E, rel=0.02) == found.E
     assert found.alpha == pytest.approx(law.alpha, abs=0.02)
     assert found.beta == pytest.approx(law.beta, abs=0.02)
 
@@ -53,7 +53,7 @@ def test_runs_that_went_wrong_hardly_move_it() -> None:
     losses = noisy(LAWS[0], n, d, 0.002, 0)
     losses[::10] *= 1.1
     found = fit(n, d, losses).law
-    assert found.E == pytest.approx(LAWS[0].E, rel=0.01)
+    assert pytest.approx(LAWS[0].E, rel=0.01) == found.E
     assert found.alpha == pytest.approx(LAWS[0].alpha, abs=0.02)
 
 
@@ -112,6 +112,8 @@ def test_what_cannot_hold_a_law_is_refused_in_a_sentence() -> None:
         fit(n[n == n[0]], d[n == n[0]], y[n == n[0]], "mag")
     with pytest.raises(UserError, match=r"1 different numbers of training tokens.*`budgets`"):
         fit(n[d == d[0]], d[d == d[0]], y[d == d[0]], "mag")
+    with pytest.raises(UserError, match=r"in mag N and D move together"):
+        fit(n[n * d < 2e15], 1e16 / n[n * d < 2e15], y[n * d < 2e15], "mag")
     with pytest.raises(UserError, match=r"mag has 5 finished runs, but five constants need at least 6"):
         fit(n[::11][:5], d[::11][:5], y[::11][:5], "mag")
 

@@ -41,7 +41,9 @@ def test_token_budgets_and_multiples_of_parameters() -> None:
 
 @pytest.mark.parametrize("variant", ["mag", "lmm", "mac", "mal", "transformer"])
 def test_parameters_are_counted_three_ways(variant: str) -> None:
-    model = make_grid(study(variants={"v": [f"model.variant={variant}", "model.memory_depth=3"]}), 0).points[0].config.model
+    model = (
+        make_grid(study(variants={"v": [f"model.variant={variant}", "model.memory_depth=3"]}), 0).points[0].config.model
+    )
     with torch.device("meta"):
         named = dict(Titans(model).named_parameters())
 
@@ -83,13 +85,20 @@ def test_rules_set_batch_and_rate() -> None:
 
 def test_a_sweep_runs_at_the_smallest_sizes_and_its_winner_is_the_point() -> None:
     given = study(
-        learning_rate={"by": "dim", "reference": 32, "exponent": 0.5, "sweep": {"values": [1e-3, 3e-3, 1e-2], "sizes": 2}}
+        learning_rate={
+            "by": "dim",
+            "reference": 32,
+            "exponent": 0.5,
+            "sweep": {"values": [1e-3, 3e-3, 1e-2], "sizes": 2},
+        }
     )
     grid = make_grid(given, 0)
     assert grid.undecided == ("mag",)
     assert {(run.size, run.budget) for run in grid.sweep} == {("l1", "1e12"), ("l2", "1e12")}
     assert [run.config.optimizer.learning_rate for run in grid.sweep if run.size == "l1"] == [1e-3, 3e-3, 1e-2]
-    assert grid.sweep[-1].config.optimizer.learning_rate == pytest.approx(1e-2 / 2**0.5, rel=1e-3), "by the rule there too"
+    assert grid.sweep[-1].config.optimizer.learning_rate == pytest.approx(1e-2 / 2**0.5, rel=1e-3), (
+        "by the rule there too"
+    )
     assert len(grid.points) == 12 - 2
     settled = make_grid(given, 0, {"mag": 1e-2})
     assert settled.undecided == ()

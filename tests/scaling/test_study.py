@@ -64,7 +64,7 @@ def test_mistakes_are_told(changes: dict[str, Any], says: str) -> None:
 def test_both_dial_and_sizes_are_too_much(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("name: a\nconfig: b\nvariants: {m: [a.b=c]}\nbudgets: {tokens: [1]}\n")
-    with pytest.raises(UserError, match="must have either dial .* or sizes"):
+    with pytest.raises(UserError, match=r"must have either dial .* or sizes"):
         read_study(path)
     with pytest.raises(UserError, match="cannot read study"):
         read_study(tmp_path / "none.yaml")

@@ -36,6 +36,10 @@ MIN_SIZES = 3
 """Different N, and different D: E, A and alpha are three numbers."""
 
 
+TOGETHER = 0.99
+"""Correlation of log N and log D from which they cannot be told apart."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """A law and what there is to say about it."""
@@ -98,6 +102,11 @@ def check_points(parameters: Any, tokens: Any, losses: Any, what: str) -> None:
     if len(losses) < MIN_POINTS:
         raise UserError(
             f"{what} has {len(losses)} finished runs, but five constants need at least {MIN_POINTS}: add sizes or budgets"
+        )
+    if abs(np.corrcoef(np.log(parameters), np.log(tokens))[0, 1]) > TOGETHER:
+        raise UserError(
+            f"in {what} N and D move together (one compute, or one number of tokens per parameter), so no law can tell them "
+            "apart: add to `budgets` of the study"
         )
     if not np.all(np.isfinite(losses)) or np.min(losses) <= 0:
         raise UserError(f"{what} has losses that are not positive numbers")

@@ -13,7 +13,7 @@ from titans_pretrain.scaling.analysis import SeriesFit
 from titans_pretrain.scaling.collect import Point
 from titans_pretrain.scaling.fit import percentile
 from titans_pretrain.scaling.grid import Series, Shape, all_series, complete, shape
-from titans_pretrain.scaling.law import Optimum, optimum
+from titans_pretrain.scaling.law import CostCurve, Optimum, optimum
 from titans_pretrain.scaling.study import Study
 
 REACH = 1e4
@@ -100,7 +100,20 @@ def predict(
     law, cost, count = fitted.fit.law, fitted.cost, fitted.count
     sizes = [point.parameters[count] for point in fitted.points]
     low, high = min(sizes) / REACH, max(sizes) * REACH
+    series = next((each for each in all_series(study) if each.name == fitted.series), None)
+    if series is None:
+        raise UserError(f"the fit has a series {fitted.series} that the study lacks: run collect and fit again")
     best = optimum(law, flops, cost, low, high)
+    if study.dial is not None and not best.at_edge:
+        # Beyond the runs the cost is known too: what the dial's larger models do for a token.
+        layers, larger = max(study.dial.layers), []
+        while layers < MOST_LAYERS and (not larger or larger[-1].counts[count] < 4 * best.parameters):
+            layers *= 2
+            larger.append(shape(study, series, study.dial.words(layers), vocab_size))
+            known = [(p.parameters[count], p.flops_per_token) for p in fitted.points]
+            known += [(of.counts[count], of.flops_per_token) for of in larger]
+            cost = CostCurve([n for n, _ in known], [f for _, f in known])
+            best = optimum(law, flops, cost, low, high)
     warnings = list(fitted.warnings)
     if best.at_edge:
         warnings.append("the law has no best size at this budget within reach: the size is the edge of the search")
@@ -109,9 +122,6 @@ def predict(
         warnings.append(
             f"{flops:.3g} FLOP are {flops / largest:,.0f} times the largest run: far beyond what was measured"
         )
-    series = next((each for each in all_series(study) if each.name == fitted.series), None)
-    if series is None:
-        raise UserError(f"the fit has a series {fitted.series} that the study lacks: run collect and fit again")
     near = _nearest(study, fitted, series, best, flops, vocab_size)
     if study.dial is None and not min(sizes) <= best.parameters <= max(sizes):
         end = "largest" if best.parameters > max(sizes) else "smallest"
