@@ -106,7 +106,8 @@ def predict(
     best = optimum(law, flops, cost, low, high)
     if study.dial is not None and not best.at_edge:
         # Beyond the runs the cost is known too: what the dial's larger models do for a token.
-        layers, larger = max(study.dial.layers), []
+        layers = max(study.dial.layers)
+        larger: list[Shape] = []
         while layers < MOST_LAYERS and (not larger or larger[-1].counts[count] < 4 * best.parameters):
             layers *= 2
             larger.append(shape(study, series, study.dial.words(layers), vocab_size))
