@@ -42,7 +42,7 @@ def import_state(state: Any, heads: int, chunk_size: int) -> MemoryState:
     if sorted(names) != expected:
         raise UserError(
             f"the state's network has the parameters {', '.join(names)}, not weights.0, weights.1, ...: only that of a "
-            "MemoryMLP with mem_model_norm_add_residual=False can be imported; a norm there changes at test time, here it does not"
+            "MemoryMLP with mem_model_norm_add_residual=False can be imported; its norm changes at test time, ours does not"
         )
     orders = {len(momentum[name]) for name in names}
     if orders != {1}:
