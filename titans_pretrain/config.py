@@ -334,7 +334,8 @@ class ParallelConfig:
     """How the memory's scan is shared where `sequence` is above 1. head_exchange: each rank scans all tokens for its share
     of the heads. hand_off: each rank scans its own tokens and passes the state on; ranks work on different layers at one
     time. chunk_scan: ranks share one long chunk (model.memory_chunk a multiple of a rank's tokens) and merge their updates.
-    The recurrences of gated_deltanet, gated_deltanet_swa and linear_attention go by one of the first two. Default auto: hand_off for mac, else head_exchange."""
+    The recurrences of gated_deltanet, gated_deltanet_swa and linear_attention go by one of the first two. Default auto:
+    hand_off for mac, else head_exchange."""
     check_interval: int = 500
     """Steps between checks that parameters which must be equal on several ranks are, bit for bit; a difference stops the
     run. 0: never. Default 500: once in hundreds of steps costs nothing."""
