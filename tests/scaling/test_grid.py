@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from titans_pretrain.config import config_from_dict, config_to_dict
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import Titans
 from titans_pretrain.model.cost import flops_per_token
+from titans_pretrain.scaling.fit import check_points
 from titans_pretrain.scaling.grid import all_series, counts, make_grid, short
+from titans_pretrain.scaling.study import read_study
+
+STUDIES = sorted((Path(__file__).resolve().parents[2] / "configs" / "scaling").glob("*.yaml"))
 
 
 def test_flop_budgets_are_met_and_configs_are_whole() -> None:
@@ -117,6 +122,28 @@ def test_what_cannot_be_is_told() -> None:
     with pytest.raises(UserError, match=r"data.batch_tokens|data-parallel ranks"):
         make_grid(study(overrides=["model.vocab_size=64", "cluster.gpus_per_node=3"]), 0)
     assert make_grid(study(overrides=["cluster.gpus_per_node=0"]), 4096).points[0].config.model.vocab_size == 4096
+
+
+def test_runs_of_too_few_or_too_many_tokens_are_not_made() -> None:
+    every = make_grid(study(), 0).points
+    kept = make_grid(study(budgets={"flops": [1e12, 1e13, 1e14], "within": [2, 50]}), 0).points
+    ratios = {run.name: float(run.budget) / run.flops_per_token / run.counts["non_embedding"] for run in every}
+    assert [run.name for run in kept] == [run.name for run in every if 2 <= ratios[run.name] <= 50]
+    assert 3 < len(kept) < len(every)
+    with pytest.raises(UserError, match=r"budgets.within shuts out every size"):
+        make_grid(study(budgets={"flops": [1e12], "within": [1e5, 1e6]}), 0)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_grids_of_the_studies_here(path: Path) -> None:
+    given = read_study(path)
+    assert given.learning_rate.sweep is not None
+    assert make_grid(given, 4096).undecided == tuple(given.variants)
+    settled = make_grid(given, 4096, dict.fromkeys(given.variants, given.learning_rate.sweep.values[0]))
+    for series in given.variants:
+        mine = [run for run in settled.points if run.series == series]
+        n, d = [run.counts[given.count] for run in mine], [run.tokens for run in mine]
+        check_points(n, d, [3.0] * len(mine), series)
 
 
 def test_short_numbers() -> None:

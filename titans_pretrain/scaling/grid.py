@@ -202,15 +202,26 @@ def make_grid(study: Study, vocab_size: int, bases: Mapping[str, float] | None =
             if not base:
                 undecided.append(series.name)
                 base = tried.values[len(tried.values) // 2]
-        for (place, (size, of)), budget in itertools.product(enumerate(shapes.items()), study.budgets):
-            slot = _Slot(study, series.name, size, of, budget)
-            if tried is None or place >= tried.sizes or budget != study.budgets[0]:
-                points.append(slot.run(base))
-                continue
-            here = [slot.run(value, swept=True) for value in tried.values]
-            sweep += here
-            points += [run for run in here if run.base == bases.get(series.name)]
+        for place, (size, of) in enumerate(shapes.items()):
+            budgets = [budget for budget in study.budgets if _is_within(study, of, budget)]
+            for budget in budgets:
+                slot = _Slot(study, series.name, size, of, budget)
+                if tried is None or place >= tried.sizes or budget != budgets[0]:
+                    points.append(slot.run(base))
+                    continue
+                here = [slot.run(value, swept=True) for value in tried.values]
+                sweep += here
+                points += [run for run in here if run.base == bases.get(series.name)]
+    if not sweep and not points:
+        raise UserError("no run is left: budgets.within shuts out every size and budget")
     return Grid(tuple(sweep), tuple(points), tuple(undecided))
+
+
+def _is_within(study: Study, of: Shape, budget: float) -> bool:
+    if not study.within:
+        return True
+    low, high = study.within
+    return low <= budget_tokens(study, of, budget) / of.counts[study.count] <= high
 
 
 def budget_label(study: Study, budget: float) -> str:

@@ -51,7 +51,7 @@ class BatchRule:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Values of the base tried at the smallest sizes and the first budget; the best serves all sizes of that series."""
+    """Values of the base tried at the smallest sizes and their first budget; the best serves all sizes of that series."""
 
     values: tuple[float, ...]
     sizes: int = 1
@@ -93,6 +93,8 @@ class Study:
     variants: Mapping[str, Words]
     budget_kind: str
     budgets: tuple[float, ...]
+    within: tuple[float, ...] = ()
+    """Tokens per parameter, from and to, of the runs that are made; empty: all."""
     dial: Dial | None = None
     sizes: Mapping[str, Words] = field(default_factory=dict)
     dir: str = "runs/scaling"
@@ -135,12 +137,17 @@ def read_study(path: Path) -> Study:
 def study_from_dict(tree: Any, where: str = "the study") -> Study:
     """A study from what its YAML holds."""
     tree = _mapping(tree, where)
-    names = {f.name for f in dataclasses.fields(Study)} - {"budget_kind"}
+    names = {f.name for f in dataclasses.fields(Study)} - {"budget_kind", "within"}
     _check_keys(tree, names, where, ("name", "config", "variants", "budgets"))
     if ("dial" in tree) == ("sizes" in tree):
         raise UserError(f"{where} must have either dial (layers, aspect, head_dim) or sizes (overrides by name)")
     given = dict(tree)
     budgets = _mapping(given.pop("budgets"), f"{where}: budgets")
+    budgets = dict(budgets)
+    if "within" in budgets:
+        given["within"] = _numbers(budgets.pop("within"), f"{where}: budgets.within")
+        if len(given["within"]) != 2:
+            raise UserError(f"{where}: budgets.within must be two numbers, from and to so many tokens per parameter")
     if len(budgets) != 1 or next(iter(budgets)) not in BUDGETS:
         raise UserError(
             f"{where}: budgets must have one key of {', '.join(BUDGETS)}, not {', '.join(map(str, budgets))}"
