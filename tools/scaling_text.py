@@ -135,22 +135,29 @@ def fitted(each: SeriesFit) -> str:
 
 
 def ranking(found: Sequence[SeriesFit]) -> str:
-    """The best loss of each series at the most compute that all have."""
+    """The best loss of each series at one compute: the most that the smallest size of every series has had. There no size needs
+    more tokens than were trained on, so the laws are asked only for what lies between the runs."""
     from titans_pretrain.scaling.fit import percentile
     from titans_pretrain.scaling.law import optimum
 
-    flops = min(max(point.flops for point in each.points) for each in found)
+    flops = min(max(p.flops for p in each.points if p.parameters[each.count] == _ends(each)[0]) for each in found)
     rows = [("series", "best loss", "95 %", "N", "tokens")]
     bests = []
     for each in found:
-        sizes = [point.parameters[each.count] for point in each.points]
-        ends = min(sizes), max(sizes)  # of what was trained: beyond, laws of small grids say anything
-        best = optimum(each.fit.law, flops, each.cost, *ends)
-        low, high = percentile([optimum(law, flops, each.cost, *ends).loss for law in each.fit.samples] or [best.loss])
+        best = optimum(each.fit.law, flops, each.cost, *_ends(each))
+        low, high = percentile(
+            [optimum(law, flops, each.cost, *_ends(each)).loss for law in each.fit.samples] or [best.loss]
+        )
         shown = (f"{best.loss:.4f}", f"{low:.4f} .. {high:.4f}", f"{best.parameters:.3g}", f"{best.tokens:.3g}")
         bests.append((best.loss, (each.series, *shown)))
     rows += [row for _, row in sorted(bests)]
     return f"best at {flops:.3g} FLOP by the laws, among the sizes trained:\n{table(rows)}"
+
+
+def _ends(each: SeriesFit) -> tuple[int, int]:
+    """The smallest and the largest N of a series."""
+    sizes = [point.parameters[each.count] for point in each.points]
+    return min(sizes), max(sizes)
 
 
 def predicted(found: Prediction, speed: Speed | None, count: str) -> str:

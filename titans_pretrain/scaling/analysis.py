@@ -62,17 +62,30 @@ def analyse(study: Study, points: Sequence[Point], series: str, count: str, samp
         fit = fits.bootstrap(fit, n, d, y, samples, seed, series)
     remarks = []
     held_out = None
-    largest = mine[int(np.argmax([_budget_rank(study, point) for point in mine]))].budget
-    try:
-        held = [point.budget == largest for point in mine]
-        held_out = fits.hold_out(n, d, y, [point.run for point in mine], held, largest)
-    except UserError as error:
-        remarks.append(f"no test on the largest budget: {error}")
+    for held, budget in _held(study, mine):
+        try:
+            held_out = fits.hold_out(n, d, y, [point.run for point in mine], held, budget)
+            break
+        except UserError as error:
+            remark = f"no test on the largest budget: {error}"
+    else:
+        remarks.append(remark)
     cost = CostCurve(n, [point.flops_per_token for point in mine])
     found = valleys(mine, fit.law, cost, count, study.budget_kind == "flops")
     if not found:
         remarks.append("no isoFLOP check: no compute is spanned by the runs of three sizes")
     return SeriesFit(series, count, mine, fit, held_out, tuple(found), tuple(remarks))
+
+
+def _held(study: Study, points: Sequence[Point]) -> list[tuple[list[bool], str]]:
+    """What to hold out, and its name: the runs of the largest budget; or, where too little is left without them (three budgets
+    of tokens), the quarter of the runs that had most compute."""
+    largest = points[int(np.argmax([_budget_rank(study, point) for point in points]))].budget
+    bound = sorted(point.flops for point in points)[-max(1, len(points) // 4)]
+    return [
+        ([point.budget == largest for point in points], largest),
+        ([point.flops >= bound for point in points], f"{bound:.3g} FLOP and more"),
+    ]
 
 
 def _columns(points: Sequence[Point], count: str) -> tuple[list[float], list[float], list[float]]:
