@@ -10,8 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from titans_pretrain.scaling.analysis import SeriesFit
+from titans_pretrain.scaling.grid import short
 from titans_pretrain.scaling.law import optimum
 from titans_pretrain.scaling.study import Study
 
@@ -48,8 +50,17 @@ def _style(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _log_of_sizes(axes: Axes) -> None:
+    """A logarithmic axis with labels such as 50k also where it spans less than a decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _loss(fitted: Sequence[SeriesFit]) -> Figure:
-    """Every run, and the best loss of each compute by the law: solid within the runs, dashed for three times on."""
+    """Every run, those of one size joined, and the best loss that the sizes trained can have by the law: solid within the runs,
+    dashed for three times on."""
     figure, (axes,) = _figure(1, 1, 8, 5.5)
     for number, each in enumerate(fitted):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -60,10 +71,13 @@ def _loss(fitted: Sequence[SeriesFit]) -> Figure:
         )
         sizes = [p.parameters[each.count] for p in each.points]
         span = np.geomspace(flops.min(), 3 * flops.max(), 60)
-        best = [optimum(law, c, each.cost, min(sizes) / 30, max(sizes) * 30).loss for c in span]
-        inside = span <= flops.max()
-        axes.plot(span[inside], np.array(best)[inside], color=colour, lw=1.6)
-        axes.plot(span[~inside], np.array(best)[~inside], color=colour, lw=1.6, ls="--")
+        best = np.array([optimum(law, c, each.cost, min(sizes), max(sizes)).loss for c in span])
+        last = int(np.sum(span <= flops.max()))
+        axes.plot(span[:last], best[:last], color=colour, lw=1.6)
+        axes.plot(span[last - 1 :], best[last - 1 :], color=colour, lw=1.6, ls="--")
+        for size in sorted(set(sizes)):
+            line = sorted((p.flops, p.loss) for p in each.points if p.parameters[each.count] == size)
+            axes.plot([x for x, _ in line], [y for _, y in line], color=colour, lw=0.6, alpha=0.4)
     axes.set_xscale("log")
     _style(axes, "training compute, FLOP", "loss, nats per token")
     axes.set_title("Runs, and the best loss of each compute by the law", fontsize=11)
@@ -89,7 +103,7 @@ def _isoflop(fitted: Sequence[SeriesFit]) -> Figure:
                 axes.plot(valley.best_parameters, valley.best_loss, marker="v", color=colour, ms=7)
             if n[0] <= valley.law_parameters <= n[-1]:
                 axes.plot(valley.law_parameters, valley.law_loss, marker="*", color=colour, ms=10)
-        axes.set_xscale("log")
+        _log_of_sizes(axes)
         axes.set_title(each.series, fontsize=11)
         _style(axes, f"parameters ({each.count.replace('_', ' ')})", "loss, nats per token")
         if each.valleys:
