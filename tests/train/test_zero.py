@@ -19,6 +19,8 @@ LEAN: dict[str, dict[str, Any]] = {
     "mac": {"model__num_layers": 1, "model__memory_depth": 1},
     "mal": {"model__num_layers": 1, "model__num_persistent": 0},
     "lmm": {"model__num_layers": 1, "model__num_persistent": 0},
+    "gated_deltanet": {"model__num_layers": 1},
+    "gated_deltanet_swa": {"model__num_layers": 1},
 }
 
 
