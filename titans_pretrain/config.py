@@ -127,8 +127,8 @@ class ModelConfig:
     compile: bool = False
     """Run the blocks of the training forward through torch.compile. Speed only: not part of the model, checkpoints and
     exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there; with
-    gated_deltanet, gated_deltanet_swa and linear_attention about 2 seconds more for every 64 tokens of data.seq_len, since
-    their loop over chunks is unrolled."""
+    gated_deltanet and gated_deltanet_swa about 2 seconds of a processor more for every 64 tokens of data.seq_len, since the
+    loop over chunks is unrolled."""
 
     @property
     def head_dim(self) -> int:
