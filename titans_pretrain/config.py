@@ -27,7 +27,11 @@ import yaml
 from titans_pretrain.errors import UserError
 
 TITANS_VARIANTS = ("mac", "mag", "mal", "lmm")
-BASELINE_VARIANTS = ("transformer", "sliding_window")
+BASELINE_VARIANTS = (
+    "transformer",
+    "sliding_window",
+    "rmt",
+)
 VARIANTS = TITANS_VARIANTS + BASELINE_VARIANTS
 
 
@@ -42,8 +46,8 @@ class ModelConfig:
 
     variant: str = one_of("mag", *VARIANTS)
     """Architecture: memory as context (mac), as gate (mag), as layer (mal), alone (lmm), or a baseline: full causal
-    attention (transformer, Llama-like) or attention over a window (sliding_window). Default mag: the steadiest
-    hybrid in the paper's tables."""
+    attention (transformer, Llama-like), attention over a window (sliding_window), or within segments that hand memory
+    tokens on (rmt). Default mag: the steadiest hybrid in the paper's tables."""
     num_layers: int = 12
     """Blocks. Default: the paper's 170M model."""
     dim: int = 768
@@ -64,12 +68,15 @@ class ModelConfig:
     window: int = 2048
     """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window). Default: the paper's."""
     segment_len: int = 512
-    """Tokens per MAC segment, the unit of its attention. Default: the paper's."""
+    """Tokens per segment, the unit of attention (mac, rmt). Default: the paper's, of MAC."""
     retrieve_every: int = 1
     """MAC keeps every n-th retrieved memory token as attention context. Default 1: all; the paper's appendix keeps
     256 of 512, which is 2."""
     num_persistent: int = 128
     """Learned tokens per block that do not depend on the input. Default: the paper's."""
+    num_memory_tokens: int = 16
+    """Vectors that a segment of rmt hands to the next. Default 16: its paper uses 5 to 25 and finds little gain above 10; with
+    the default segment_len, 16 keeps a segment's input at a multiple of 32 places, as GPU kernels like it."""
     gate_activation: str = one_of("sigmoid", "sigmoid", "silu", "tanh")
     """MAG: nonlinearity on the memory branch before it multiplies the attention branch. Default sigmoid: bounded, it
     cannot blow up the residual stream."""
@@ -168,7 +175,7 @@ class ModelConfig:
     @property
     def document_grid_key(self) -> str:
         """The key that says where in a row a document may begin; empty: anywhere."""
-        if self.variant == "mac":  # every segment begins a chunk
+        if self.variant in ("mac", "rmt"):  # every segment begins a chunk; the memory of a segment is one document's
             return "model.segment_len"
         return "model.memory_chunk" if self.has_memory else ""
 
@@ -740,12 +747,14 @@ def check(config: Config) -> None:
     _check_sources(config.data)
     _check_batch(config)
     _check_documents(config)
+    _check_rmt(config)
     _check_compile(config)
 
 
 def _check_ranges(config: Config) -> None:
     positive = (
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
+        "model.num_memory_tokens "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
         "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens "
@@ -901,6 +910,15 @@ def _check_documents(config: Config) -> None:
         raise UserError(
             f"eval.length_multiples ({list(config.eval.length_multiples)}) above 1 does not go with "
             "data.reset_at_documents=true: no document is longer than data.seq_len there; set eval.length_multiples=[1]"
+        )
+
+
+def _check_rmt(config: Config) -> None:
+    model, seq_len = config.model, config.data.seq_len
+    if model.variant == "rmt" and model.segment_len >= seq_len:
+        raise UserError(
+            f"model.segment_len ({model.segment_len}) is not below data.seq_len ({seq_len}), so no segment would ever read "
+            "what another wrote and rmt would not learn to; lower model.segment_len or raise data.seq_len"
         )
 
 

@@ -13,7 +13,7 @@ from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory import tile_length
 from titans_pretrain.model.titans import Titans
 
-GROUPS = ("embedding", "head", "attention", "memory", "feed_forward", "persistent", "norm")
+GROUPS = ("embedding", "head", "attention", "memory", "feed_forward", "persistent", "memory_tokens", "norm")
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -48,6 +48,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     """Operations of the forward pass per token, by group."""
+    if config.variant == "rmt":
+        return _rmt_flops(config, seq_len)
     flops = {
         "head": 2.0 * config.dim * config.vocab_size,
         "feed_forward": config.num_layers * 6.0 * config.dim * config.resolved_hidden_dim,
@@ -57,6 +59,20 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     if config.has_memory:
         flops["memory"] = config.num_layers * _memory_flops(config, seq_len)
     return flops
+
+
+def _rmt_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """RMT's: every segment is longer by the memory that it reads and, but for the last, writes."""
+    segments = _pieces(seq_len, config.segment_len)
+    inputs = [n + 2 * config.num_memory_tokens for n in segments]
+    inputs[-1] -= config.num_memory_tokens
+    places = sum(inputs) / seq_len
+    scores = 4.0 * config.dim * sum(n * n for n in inputs) / seq_len
+    return {
+        "head": 2.0 * config.dim * config.vocab_size,
+        "feed_forward": config.num_layers * 6.0 * config.dim * config.resolved_hidden_dim * places,
+        "attention": config.num_layers * (8.0 * config.dim**2 * places + scores),
+    }
 
 
 def _score_flops(config: ModelConfig, seq_len: int) -> float:

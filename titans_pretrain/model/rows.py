@@ -21,6 +21,7 @@ from titans_pretrain.memory import MemoryState
 from titans_pretrain.model.attention import AttentionState
 from titans_pretrain.model.blocks import HybridState, MACState
 from titans_pretrain.model.neural_memory import MemoryLayerState
+from titans_pretrain.model.rmt import RMTState
 from titans_pretrain.model.titans import ModelState, Titans
 
 # ---------------------------------------------------------------------------------------------------- rows of a state
@@ -81,6 +82,8 @@ def _select(part: Any, rows: Tensor, config: ModelConfig) -> Any:
     if isinstance(part, AttentionState):
         lengths = None if part.row_lengths is None else part.row_lengths[rows]
         return _settle_attention(AttentionState(part.keys[rows], part.values[rows], lengths))
+    if isinstance(part, RMTState):
+        return _select_rmt(part, rows, config)
     assert isinstance(part, MACState), type(part)
     recalled = tuple(w[rows] for w in part.recalled)
     context = None
@@ -97,6 +100,34 @@ def _select(part: Any, rows: Tensor, config: ModelConfig) -> Any:
             context = _context_until(context, place, config) if place else None
     memory = _select_layer(part.memory, rows, rows_agree=row_places is None)
     return MACState(memory, recalled, part.recall_tail[rows], context, place, row_places)
+
+
+def _select_rmt(part: RMTState, rows: Tensor, config: ModelConfig) -> RMTState:
+    caches = tuple(AttentionState(cache.keys[rows], cache.values[rows]) for cache in part.caches)
+    place, row_places = part.place, None
+    if part.row_places is not None:
+        row_places = part.row_places[rows]
+        places = row_places.tolist()
+        if len(set(places)) == 1:
+            place, row_places = places[0], None
+            filled = slice(config.num_memory_tokens + place)
+            caches = tuple(
+                AttentionState(c.keys[:, filled].contiguous(), c.values[:, filled].contiguous()) for c in caches
+            )
+    return RMTState(part.memory[rows], caches, place, row_places)
+
+
+def _join_rmt(parts: Sequence[RMTState], config: ModelConfig) -> RMTState:
+    memory = torch.cat([p.memory for p in parts])
+    places = torch.cat([_per_row(p.place, p.row_places, len(p.memory), memory.device) for p in parts])
+    agree = len(set(places.tolist())) == 1 and all(p.row_places is None for p in parts)
+    room = parts[0].place if agree else config.segment_len
+    room += config.num_memory_tokens
+    caches = []
+    for block in zip(*(p.caches for p in parts), strict=True):
+        keys, values = (torch.cat([_with_room(cache[i], room) for cache in block]) for i in range(2))
+        caches.append(AttentionState(keys, values))
+    return RMTState(memory, tuple(caches), parts[0].place if agree else 0, None if agree else places)
 
 
 def _select_layer(layer: MemoryLayerState, rows: Tensor, rows_agree: bool) -> MemoryLayerState:
@@ -121,6 +152,8 @@ def _join(parts: Sequence[Any], config: ModelConfig) -> Any:
         return _join_layers(parts, rows_agree=True)
     if isinstance(first, AttentionState):
         return _join_attention(parts)
+    if isinstance(first, RMTState):
+        return _join_rmt(parts, config)
     assert isinstance(first, MACState), type(first)
     recalled = tuple(torch.cat(xs) for xs in zip(*(p.recalled for p in parts), strict=True))
     tail = torch.cat([p.recall_tail for p in parts])
@@ -199,9 +232,14 @@ def _context_room(state: MACState, like: AttentionState, config: ModelConfig) ->
             empty = like.keys.new_zeros(len(state.recall_tail), length, *like.keys.shape[2:])
             rooms.append(AttentionState(empty, empty))
         else:
-            keys, values = (F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1])) for x in state.context[i][:2])
+            keys, values = (_with_room(x, length) for x in state.context[i][:2])
             rooms.append(AttentionState(keys, values))
     return rooms[0], rooms[1]
+
+
+def _with_room(x: Tensor, length: int) -> Tensor:
+    """x [b, s, h, d] with zeros behind it up to `length`."""
+    return F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))
 
 
 def _per_row(same: int, differing: Tensor | None, rows: int, device: torch.device) -> Tensor:
