@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-variants=(mag mac mal lmm transformer sliding_window)
+variants=(mag mac mal lmm transformer sliding_window rmt)
 check_only=
 if [ "${1:-}" = --check ]; then check_only=1; shift; fi
 variant=${1:-}

@@ -26,7 +26,7 @@ from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.train.checkpoint import find_checkpoints, read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 
-STAGES = {"mac": 1, "mag": 2, "mal": 3, "lmm": 1, "transformer": 0, "sliding_window": 3}
+STAGES = {"mac": 1, "mag": 2, "mal": 3, "lmm": 1, "transformer": 0, "sliding_window": 3, "rmt": 2}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> l
             schedule__tokens=3 * 2 * SEQ_LEN,
             eval__tokens=SEQ_LEN,
             parallel__tensor=2,
-            parallel__sequence=2,
+            parallel__sequence=1 if variant == "rmt" else 2,
             engine__zero_stage=STAGES[variant],
             run__name=variant,
         )

@@ -46,10 +46,11 @@ def test_compiled_blocks_change_nothing(variant: str) -> None:
     expected = loss_and_gradients(model, tokens)
     model.compile_blocks("aot_eager")
     assert_close(loss_and_gradients(model, tokens), expected)
-    assert counters["stats"]["unique_graphs"] == 1  # both layers share it, and nothing breaks it
+    programs = 2 if variant == "rmt" else 1  # the last segment writes no memory
+    assert counters["stats"]["unique_graphs"] == programs  # both layers share it, and nothing breaks it
     model.activation_checkpointing = True
     assert_close(loss_and_gradients(model, tokens), expected)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == programs
     assert list(model.state_dict()) == names
 
     hidden, _ = model.hidden(tokens)

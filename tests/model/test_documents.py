@@ -55,7 +55,7 @@ def gradients(model: Titans) -> dict[str, Tensor]:
     ("variant", "changes"),
     [
         *((variant, changes) for variant in ("mac", "mag") for changes in OPTIONS.values()),
-        *((variant, {}) for variant in ("mal", "lmm", "sliding_window", "transformer")),
+        *((variant, {}) for variant in ("mal", "lmm", "sliding_window", "transformer", "rmt")),
         ("mal", dict(num_persistent=1, window=3)),
         ("lmm", dict(memory_chunk=1, conv_kernel=5, num_persistent=2)),
         ("lmm", dict(memory_forget_toward="zero", num_persistent=2)),

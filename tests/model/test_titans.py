@@ -45,7 +45,8 @@ TITANS_CASES = [(variant, options) for variant in TITANS_VARIANTS for options in
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"), [*TITANS_CASES, ("transformer", "default"), ("sliding_window", "default")]
+    ("variant", "options"),
+    [*TITANS_CASES, ("transformer", "default"), ("sliding_window", "default"), ("rmt", "default")],
 )
 @torch.no_grad()
 def test_decoding_equals_parallel_forward(variant: str, options: str) -> None:
