@@ -83,6 +83,10 @@ class ModelConfig:
     mal_residual: bool = True
     """MAL: give the memory sublayer a residual of its own before attention reads it. Default true: a stacked layer of a
     pre-norm network; false is the bare composition attention(memory(x))."""
+    arrangement: str = one_of("llama", "llama", "h3")
+    """What stands around the memory of lmm and mal. llama: convolutions and SiLU on q, k and v, a gate on the read. h3: the
+    layer of H3 (arXiv 2212.14052), `q * memory(shift(k), shift(k) * v)`: the convolution on the key alone, two products for
+    gates, no SiLU. Default llama: mac and mag share it, and it is what the trials of method.md ran."""
     memory_heads: int = 0
     """Heads of the memory; its head_dim = dim / memory_heads. 0: num_heads."""
     memory_depth: int = 2
@@ -119,8 +123,8 @@ class ModelConfig:
     """Initial bias of alpha's gate, a logit. Default -6: 0.25 % forgotten per token; faster forgetting is chaotic with
     the inner layer norm (method.md 1)."""
     conv_kernel: int = 4
-    """Taps of the causal depthwise convolution on the memory's q, k, v. 1: no convolution. Default: the paper's family
-    (Mamba, Gated DeltaNet)."""
+    """Taps of the causal depthwise convolution on the memory's q, k, v (arrangement h3: on k alone). 1: no convolution.
+    Default: the paper's family (Mamba, Gated DeltaNet)."""
     compile: bool = False
     """Run the blocks of the training forward through torch.compile. Speed only: not part of the model, checkpoints and
     exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there."""
@@ -805,6 +809,11 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.dim ({model.dim}) / model.num_heads ({model.num_heads}) is {model.head_dim}, "
             "but rotary positions need an even head_dim; change model.num_heads"
+        )
+    if model.arrangement == "h3" and model.variant not in ("lmm", "mal"):
+        raise UserError(
+            "model.arrangement=h3 puts the memory in the place of a state-space layer, as a layer of model.variant lmm or mal; "
+            f"{model.variant} has no such layer: set model.arrangement=llama or another variant"
         )
     if model.memory_depth > 4:
         raise UserError(f"model.memory_depth must be 1 to 4, not {model.memory_depth}")

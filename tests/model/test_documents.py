@@ -57,6 +57,7 @@ def gradients(model: Titans) -> dict[str, Tensor]:
         *((variant, changes) for variant in ("mac", "mag") for changes in OPTIONS.values()),
         *((variant, {}) for variant in ("mal", "lmm", "sliding_window", "transformer", "rmt")),
         ("mal", dict(num_persistent=1, window=3)),
+        ("lmm", dict(arrangement="h3")),
         ("lmm", dict(memory_chunk=1, conv_kernel=5, num_persistent=2)),
         ("lmm", dict(memory_forget_toward="zero", num_persistent=2)),
         ("mac", dict(segment_len=8, memory_chunk=6, conv_kernel=5)),

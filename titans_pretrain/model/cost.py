@@ -97,7 +97,8 @@ def _memory_flops(config: ModelConfig, seq_len: int) -> float:
     dim, heads = config.dim, config.resolved_memory_heads
     kinds = 1 + config.memory_momentum + config.memory_forgetting
     gates = kinds * heads * (config.memory_depth if config.memory_per_layer_gates else 1)
-    flops = 2.0 * dim * (5 * dim + gates) + 3 * 2.0 * config.conv_kernel * dim
+    h3 = config.arrangement == "h3"  # one convolution, and the query is the gate
+    flops = 2.0 * dim * ((4 if h3 else 5) * dim + gates) + (1 if h3 else 3) * 2.0 * config.conv_kernel * dim
     widths = config.memory_shapes
     if config.variant == "mac":
         read = 2.0 * heads * sum(a * b for a, b in widths) + 2.0 * 4 * dim**2  # the way out, then attention's k and v
