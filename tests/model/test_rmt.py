@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +108,33 @@ def test_gradients_flow_through_all_segments(recompute: bool) -> None:
     slope = (losses[0] - losses[1]) / 2e-4
     assert slope == pytest.approx((gradient[:, :SEGMENT] * direction).sum().item(), rel=1e-5)
     assert abs(slope) > 1e-6
+
+
+def loss_after_learning_to_recall(detached: bool) -> float:
+    """The first of 24 tokens, of 8 kinds, is the label of the last, two segments later, and nothing else is."""
+    model = tiny_model("rmt", seed=1, num_memory_tokens=4, segment_len=8)
+    if detached:
+        model.recurrence.memory_norm.register_forward_hook(lambda module, inputs, memory: memory.detach())  # type: ignore[union-attr]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(100):
+        tokens = torch.randint(8, VOCAB, (32, 24), generator=generator)
+        tokens[:, 0] = torch.randint(8, (32,), generator=generator)
+        labels = torch.full_like(tokens, IGNORED_LABEL)
+        labels[:, -1] = tokens[:, 0]
+        loss = model(tokens, labels) / 32
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-5:]) / 5
+
+
+def test_training_finds_what_to_remember_and_not_without_the_gradient_through_segments() -> None:
+    chance = math.log(8)
+    assert loss_after_learning_to_recall(detached=False) < 0.5
+    assert loss_after_learning_to_recall(detached=True) > chance - 0.2
 
 
 @torch.no_grad()
