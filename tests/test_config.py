@@ -178,7 +178,10 @@ RULES = [
         ["engine.zero_stage=0", "engine.precision=bf16", "engine.zero_stage=1"],
     ),
     (["engine.zero_stage=4"], ["engine.zero_stage", "0, 1, 2 or 3", "4"]),
-    (["model.variant=rnn"], ["model.variant", "mac, mag, mal, lmm, transformer, sliding_window, rmt", "'rnn'"]),
+    (
+        ["model.variant=rnn"],
+        ["model.variant", "mac, mag, mal, lmm, transformer, sliding_window, gated_deltanet", "rmt", "'rnn'"],
+    ),
     (["model.num_layers=0"], ["model.num_layers", "above 0"]),
     (["model.arrangement=h3"], ["model.arrangement=h3", "lmm or mal", "mag", "model.arrangement=llama"]),
     (["model.num_memory_tokens=0"], ["model.num_memory_tokens", "above 0"]),

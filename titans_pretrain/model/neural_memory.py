@@ -20,8 +20,9 @@ from titans_pretrain.memory import (
     initial_state,
     memory_read,
 )
+from titans_pretrain.model.convolution import convolve
 from titans_pretrain.model.documents import Documents
-from titans_pretrain.model.layers import CausalConv, RMSNorm
+from titans_pretrain.model.layers import CausalConv, RMSNorm, unit
 from titans_pretrain.model.sequence import LocalSequence
 
 
@@ -107,8 +108,8 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail; `sequence` has the tokens before x."""
         assert self.query_conv is not None
-        q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence, documents)
-        return self._unit(self._heads(F.silu(q))), tail
+        q, tail = convolve(self.query(x), self.query_conv, tail, sequence, documents)
+        return unit(self._heads(F.silu(q))), tail
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """x [b, t, c] -> log(1 - alpha), log(eta) and theta, fp32 [b, t, h, l]; None for a gate that is switched off."""
@@ -127,31 +128,9 @@ class NeuralMemory(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.expand(*logits.shape[:-1], self.config.memory_depth)
 
-    def _convolve(
-        self,
-        x: Tensor,
-        conv: CausalConv,
-        tail: Tensor | None,
-        sequence: LocalSequence,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x [b, t, c] -> the same convolved, and the last inputs."""
-        if documents is None:
-            extended = sequence.extend(x, tail, conv.halo)
-            y = conv(extended)
-        else:
-            pieces = sequence.extend_pieces(x, None if tail is None else tail[0], conv.halo, documents)
-            y = conv(pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2]).flatten(1, 2)[:, : x.shape[1]]
-            extended = pieces[:, -1, : conv.halo + (x.shape[1] - 1) % documents.grid + 1]
-        return y, extended[:, extended.shape[1] - conv.halo :]
-
     def _heads(self, x: Tensor) -> Tensor:
         """[..., c] -> [..., h, d]."""
         return x.unflatten(-1, (-1, self.head_dim))
-
-    def _unit(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
 
     # ------------------------------------------------------------------------------------------------------------- calls
 
@@ -218,18 +197,18 @@ class NeuralMemory(nn.Module):
         if query is None:
             q, query_tail = self.queries(x, tails[0], self.sequence, documents)
         else:
-            q, query_tail = self._unit(self._heads(query)), query.new_empty(len(x), 0, query.shape[-1])
-        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
+            q, query_tail = unit(self._heads(query)), query.new_empty(len(x), 0, query.shape[-1])
+        k, key_tail = convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
         if self.value_conv is None:
             v, value_tail = k * self.value(x), k.new_empty(len(x), 0, k.shape[-1])
         else:
             k = F.silu(k)
-            v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
+            v, value_tail = convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
             v = F.silu(v)
         log_gamma, log_eta, theta = self.gates(x)
         result = self.sequence.memory_scan(
             q,
-            self._unit(self._heads(k)),
+            unit(self._heads(k)),
             self._heads(v),
             log_gamma,
             log_eta,

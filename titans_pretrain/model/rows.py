@@ -21,6 +21,7 @@ from titans_pretrain.memory import MemoryState
 from titans_pretrain.model.attention import AttentionState
 from titans_pretrain.model.blocks import HybridState, MACState
 from titans_pretrain.model.neural_memory import MemoryLayerState
+from titans_pretrain.model.recurrence import RecurrenceState, RecurrentHybridState
 from titans_pretrain.model.rmt import RMTState
 from titans_pretrain.model.titans import ModelState, Titans
 
@@ -82,6 +83,11 @@ def _select(part: Any, rows: Tensor, config: ModelConfig) -> Any:
     if isinstance(part, AttentionState):
         lengths = None if part.row_lengths is None else part.row_lengths[rows]
         return _settle_attention(AttentionState(part.keys[rows], part.values[rows], lengths))
+    if isinstance(part, RecurrenceState):
+        q, k, v = (x[rows] for x in part.tails)
+        return RecurrenceState((q, k, v), part.state[rows])
+    if isinstance(part, RecurrentHybridState):
+        return RecurrentHybridState(_select(part.recurrence, rows, config), _select(part.attention, rows, config))
     if isinstance(part, RMTState):
         return _select_rmt(part, rows, config)
     assert isinstance(part, MACState), type(part)
@@ -152,6 +158,12 @@ def _join(parts: Sequence[Any], config: ModelConfig) -> Any:
         return _join_layers(parts, rows_agree=True)
     if isinstance(first, AttentionState):
         return _join_attention(parts)
+    if isinstance(first, RecurrenceState):
+        q, k, v = (torch.cat([p.tails[i] for p in parts]) for i in range(3))
+        return RecurrenceState((q, k, v), torch.cat([p.state for p in parts]))
+    if isinstance(first, RecurrentHybridState):
+        recurrence = _join([p.recurrence for p in parts], config)
+        return RecurrentHybridState(recurrence, _join_attention([p.attention for p in parts]))
     if isinstance(first, RMTState):
         return _join_rmt(parts, config)
     assert isinstance(first, MACState), type(first)

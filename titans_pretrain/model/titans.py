@@ -12,8 +12,11 @@ from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.baselines import TransformerBlock
 from titans_pretrain.model.blocks import Block, LMMBlock, MACBlock, MAGBlock, MALBlock
 from titans_pretrain.model.documents import Documents
+from titans_pretrain.model.gated_deltanet import GatedDeltaNet
 from titans_pretrain.model.layers import LanguageModelHead, RMSNorm, rotary_table
+from titans_pretrain.model.linear_attention import LinearAttention
 from titans_pretrain.model.neural_memory import NeuralMemory
+from titans_pretrain.model.recurrence import RecurrentBlock, RecurrentHybridBlock
 from titans_pretrain.model.rmt import RMTBlock, SegmentRecurrence
 from titans_pretrain.model.sequence import LocalSequence
 
@@ -37,6 +40,12 @@ def build_block(config: ModelConfig, sequence: LocalSequence) -> Block | RMTBloc
         return TransformerBlock(config, sequence, window=None)
     if config.variant == "sliding_window":
         return TransformerBlock(config, sequence, window=config.window)
+    if config.variant == "gated_deltanet":
+        return RecurrentBlock(config, GatedDeltaNet(config, sequence))
+    if config.variant == "gated_deltanet_swa":
+        return RecurrentHybridBlock(config, GatedDeltaNet(config, sequence), sequence)
+    if config.variant == "linear_attention":
+        return RecurrentBlock(config, LinearAttention(config, sequence))
     titans = {"mac": MACBlock, "mag": MAGBlock, "mal": MALBlock, "lmm": LMMBlock}
     return titans[config.variant](config, sequence)
 
@@ -66,7 +75,7 @@ class Titans(nn.Module):
         self.sequence = sequence or LocalSequence()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(build_block(config, self.sequence) for _ in range(config.num_layers))
-        self.recurrence = SegmentRecurrence(config) if config.variant == "rmt" else None
+        self.segments = SegmentRecurrence(config) if config.variant == "rmt" else None
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, loss_chunk)
         if config.tie_embeddings:
@@ -95,8 +104,8 @@ class Titans(nn.Module):
                     f"{list(document_starts.shape)}"
                 )
             documents = self.sequence.documents(document_starts, self.config, x.dtype)
-        if self.recurrence is not None:
-            return self.head(self.norm(self.recurrence(x, self.blocks, self._run, documents)), labels)
+        if self.segments is not None:
+            return self.head(self.norm(self.segments(x, self.blocks, self._run, documents)), labels)
         rotary = self._rotary(0, tokens)
         if documents is not None:
             rotary = rotary_table(documents.places, self.config.head_dim, self.config.rope_theta)
@@ -150,8 +159,8 @@ class Titans(nn.Module):
         x = self.embedding(tokens)
         states = []
         after = None if row_positions is None else row_positions + 1
-        if self.recurrence is not None:
-            x, recurrent = self.recurrence.advance(x, self.blocks, None if state is None else state.blocks[0])
+        if self.segments is not None:
+            x, recurrent = self.segments.advance(x, self.blocks, None if state is None else state.blocks[0])
             return self.norm(x), ModelState(position + tokens.shape[1], (recurrent,), after)
         with self.sequence.whole():
             rotary = self._rotary(position, tokens) if row_positions is None else self._rotary_of_rows(row_positions)
