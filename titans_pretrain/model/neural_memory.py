@@ -56,7 +56,17 @@ class MemoryLayerState(NamedTuple):
 
 
 class NeuralMemory(nn.Module):
-    """One memory network per head that learns, token by token, to map its keys to its values."""
+    """One memory network per head that learns, token by token, to map its keys to its values.
+
+    `config.arrangement` says what stands around the scan, of linear projections q, k, v of the input:
+
+    - llama: convolutions and SiLU on q, k and v; the read leaves through a norm and a SiLU gate of its own.
+    - h3: H3's `q * SSM_diag(SSM_shift(k) * v)` (arXiv 2212.14052), with the memory where its diagonal state-space layer was.
+      The shift is the key's convolution, of `conv_kernel` taps and without SiLU: a state-space layer that shifts is a filter
+      over the last few tokens. q and v have neither. What is written is the product shift(k) * v, and the read is
+      multiplied by q, which takes the gate's place. A state-space layer needs no address, a memory does: it is written at
+      the key shift(k) and read at q, both of unit norm, as H3 with heads does with its outer products (docs/method.md 2).
+    """
 
     def __init__(self, config: ModelConfig, sequence: LocalSequence) -> None:
         super().__init__()
@@ -64,9 +74,10 @@ class NeuralMemory(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
-        self.query_conv = CausalConv(dim, config.conv_kernel)
+        h3 = config.arrangement == "h3"
+        self.query_conv = None if h3 else CausalConv(dim, config.conv_kernel)
         self.key_conv = CausalConv(dim, config.conv_kernel)
-        self.value_conv = CausalConv(dim, config.conv_kernel)
+        self.value_conv = None if h3 else CausalConv(dim, config.conv_kernel)
 
         gates = heads * (config.memory_depth if config.memory_per_layer_gates else 1)
         self.theta_gate = nn.Linear(dim, gates)
@@ -80,7 +91,7 @@ class NeuralMemory(nn.Module):
         self.inner_norm_bias = nn.Parameter(torch.empty(heads, head_dim)) if config.memory_residual_norm else None
 
         self.read_norm = RMSNorm(heads, head_dim, eps=config.norm_eps)
-        self.read_gate = nn.Linear(dim, dim, bias=False)
+        self.read_gate = None if h3 else nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
         self.config = config
@@ -96,8 +107,9 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, tail: Tensor | None, sequence: LocalSequence, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail; `sequence` has the tokens before x."""
-        q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence, documents)
-        return unit(q), tail
+        assert self.query_conv is not None
+        q, tail = convolve(self.query(x), self.query_conv, tail, sequence, documents)
+        return unit(self._heads(F.silu(q))), tail
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """x [b, t, c] -> log(1 - alpha), log(eta) and theta, fp32 [b, t, h, l]; None for a gate that is switched off."""
@@ -116,16 +128,9 @@ class NeuralMemory(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.expand(*logits.shape[:-1], self.config.memory_depth)
 
-    def _convolve(
-        self,
-        x: Tensor,
-        conv: CausalConv,
-        tail: Tensor | None,
-        sequence: LocalSequence,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        y, tail = convolve(x, conv, tail, sequence, documents)
-        return F.silu(y).unflatten(-1, (-1, self.head_dim)), tail
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., c] -> [..., h, d]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
     # ------------------------------------------------------------------------------------------------------------- calls
 
@@ -138,7 +143,7 @@ class NeuralMemory(nn.Module):
         if persistent is None:
             return None
         with self.sequence.whole():
-            _, (tails, memory) = self._scan(persistent[None], None)
+            _, _, (tails, memory) = self._scan(persistent[None], None)
         weights, momentum = (
             tuple(x.expand(batch, -1, -1, -1) for x in part) for part in (memory.weights, memory.momentum)
         )
@@ -151,8 +156,8 @@ class NeuralMemory(nn.Module):
         """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c].
 
         With `documents` the rows of `state` are alike, and every document begins with it."""
-        read, state = self._scan(x, state, documents, signals=self.collect_signals)
-        return self.leave(read, x), state
+        read, query, state = self._scan(x, state, documents, signals=self.collect_signals)
+        return self.leave(read, x, query), state
 
     def begin_anew(self, state: MemoryLayerState, rows: Tensor) -> MemoryLayerState:
         """`state`, at the start of a chunk, with the rows where `rows` [b] is true as before the first token."""
@@ -172,9 +177,12 @@ class NeuralMemory(nn.Module):
         """W = W_init, S = 0, for `batch` rows."""
         return initial_state(tuple(self.initial_weights), batch)
 
-    def leave(self, read: Tensor, x: Tensor) -> Tensor:
-        """read [b, t, h, d] -> per-head RMS norm, gate by a linear layer of x, output projection -> [b, t, c]."""
-        return self.output(self.read_norm(read).flatten(-2) * F.silu(self.read_gate(x)))
+    def leave(self, read: Tensor, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """read [b, t, h, d] -> per-head RMS norm, gate by a linear layer of x (by `query` in the h3 arrangement), output
+        projection -> [b, t, c]."""
+        gate = query if self.read_gate is None else F.silu(self.read_gate(x))
+        assert gate is not None, "in the h3 arrangement the query is the gate"
+        return self.output(self.read_norm(read).flatten(-2) * gate)
 
     def _scan(
         self,
@@ -182,16 +190,26 @@ class NeuralMemory(nn.Module):
         state: MemoryLayerState | None,
         documents: Documents | None = None,
         signals: bool = False,
-    ) -> tuple[Tensor, MemoryLayerState]:
+    ) -> tuple[Tensor, Tensor | None, MemoryLayerState]:
+        """-> the read [b, t, h, d], in the h3 arrangement the query as projected [b, t, c], and the state."""
         tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
-        q, query_tail = self.queries(x, tails[0], self.sequence, documents)
-        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
-        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
+        query = self.query(x) if self.query_conv is None else None
+        if query is None:
+            q, query_tail = self.queries(x, tails[0], self.sequence, documents)
+        else:
+            q, query_tail = unit(self._heads(query)), query.new_empty(len(x), 0, query.shape[-1])
+        k, key_tail = convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
+        if self.value_conv is None:
+            v, value_tail = k * self.value(x), k.new_empty(len(x), 0, k.shape[-1])
+        else:
+            k = F.silu(k)
+            v, value_tail = convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
+            v = F.silu(v)
         log_gamma, log_eta, theta = self.gates(x)
         result = self.sequence.memory_scan(
             q,
-            unit(k),
-            v,
+            unit(self._heads(k)),
+            self._heads(v),
             log_gamma,
             log_eta,
             theta,
@@ -206,7 +224,7 @@ class NeuralMemory(nn.Module):
         )
         if signals:
             self._record(result[2], log_gamma, log_eta, theta)
-        return result[0], MemoryLayerState((query_tail, key_tail, value_tail), result[1])
+        return result[0], query, MemoryLayerState((query_tail, key_tail, value_tail), result[1])
 
     @torch.no_grad()
     def _record(
