@@ -20,6 +20,7 @@ from titans_pretrain.memory import (
     initial_state,
     memory_read,
 )
+from titans_pretrain.memory.surprise import scan_with_surprise
 from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import CausalConv, RMSNorm
 from titans_pretrain.model.sequence import LocalSequence
@@ -52,6 +53,21 @@ class MemoryLayerState(NamedTuple):
 
     def close_chunk(self) -> MemoryLayerState:
         return self._replace(memory=begin_chunk(self.memory))
+
+
+class TokenSignals(NamedTuple):
+    """What a memory made of each token [b, t]; fp32, or float64 where the model is. Per head, and per memory layer l."""
+
+    inner_loss: Tensor
+    """[b, t, h]: 0.5 * ||M(k) - v||^2 at the weights of the start of the token's chunk."""
+    gradient_norm: Tensor
+    """[b, t, h, l]: the norm of its gradient, the momentary surprise, which the memory takes a step against."""
+    theta: Tensor
+    """[b, t, h, l]: the step's size."""
+    eta: Tensor | None
+    """[b, t, h, l]: what is kept of the momentum; None: there is none. alpha alike."""
+    alpha: Tensor | None
+    """[b, t, h, l]: what is forgotten."""
 
 
 class NeuralMemory(nn.Module):
@@ -88,6 +104,9 @@ class NeuralMemory(nn.Module):
         self.sequence = sequence
         self.collect_signals = False
         self.signals: dict[str, Tensor] = {}
+        self.collect_tokens = False
+        self.token_signals: list[TokenSignals] = []
+        """Of the calls since `collect_tokens` was set, in order; see Titans.observe."""
 
     # ------------------------------------------------------------------------------------------------ inputs of the scan
 
@@ -160,6 +179,10 @@ class NeuralMemory(nn.Module):
         """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c].
 
         With `documents` the rows of `state` are alike, and every document begins with it."""
+        if self.collect_tokens:
+            assert documents is None, "documents that share a row are not looked at token by token"
+            read, state = self._observe(x, state)
+            return self.leave(read, x), state
         read, state = self._scan(x, state, documents, signals=self.collect_signals)
         return self.leave(read, x), state
 
@@ -192,18 +215,12 @@ class NeuralMemory(nn.Module):
         documents: Documents | None = None,
         signals: bool = False,
     ) -> tuple[Tensor, MemoryLayerState]:
-        tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
-        q, query_tail = self.queries(x, tails[0], self.sequence, documents)
-        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
-        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
-        log_gamma, log_eta, theta = self.gates(x)
+        (q, k, v), tails, gates = self._scan_inputs(x, state, documents)
         result = self.sequence.memory_scan(
             q,
-            self._unit(k),
+            k,
             v,
-            log_gamma,
-            log_eta,
-            theta,
+            *gates,
             tuple(self.initial_weights),
             self.inner_norm_weight,
             self.inner_norm_bias,
@@ -214,8 +231,29 @@ class NeuralMemory(nn.Module):
             return_signals=signals,
         )
         if signals:
-            self._record(result[2], log_gamma, log_eta, theta)
-        return result[0], MemoryLayerState((query_tail, key_tail, value_tail), result[1])
+            self._record(result[2], *gates)
+        return result[0], MemoryLayerState(tails, result[1])
+
+    def _observe(self, x: Tensor, state: MemoryLayerState | None) -> tuple[Tensor, MemoryLayerState]:
+        """`_scan`, and the signals of every token."""
+        (q, k, v), tails, (log_gamma, log_eta, theta) = self._scan_inputs(x, state)
+        read, memory, surprise = scan_with_surprise(
+            q, k, v, log_gamma, log_eta, theta, tuple(self.initial_weights), self.inner_norm_weight,
+            self.inner_norm_bias, None if state is None else state.memory, self.options,
+        )  # fmt: skip
+        alpha = None if log_gamma is None else -torch.expm1(log_gamma)
+        self.token_signals.append(TokenSignals(*surprise, theta, None if log_eta is None else log_eta.exp(), alpha))
+        return read, MemoryLayerState(tails, memory)
+
+    def _scan_inputs(
+        self, x: Tensor, state: MemoryLayerState | None, documents: Documents | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor]]:
+        """x [b, t, c] -> q, k, v [b, t, h, d], the convolutions' new tails, and `gates`."""
+        tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
+        q, query_tail = self.queries(x, tails[0], self.sequence, documents)
+        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
+        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
+        return (q, self._unit(k), v), (query_tail, key_tail, value_tail), self.gates(x)
 
     @torch.no_grad()
     def _record(
