@@ -16,13 +16,14 @@ def defined(problem: Problem, state: MemoryState | None, options: MemoryOptions)
     """Inner loss [b, t, h] and gradient norms [b, t, h, l], a token and an autograd call at a time: the reference carries
     the memory, and the network is written out."""
     state = state or initial_state(problem.initial_weights, problem.q.shape[0])
-    batch, length, heads, _ = problem.q.shape
     losses, norms = [], []
-    for t in range(length):
+    for t in range(problem.q.shape[1]):
         at = [w.clone().requires_grad_() for w in (state.anchor if state.offset else state.weights)]
         y = problem.k[:, t]
         for layer, w in enumerate(at):
-            y = torch.einsum("bhi,bhio->bho", (F.gelu if options.activation == "gelu" else F.silu)(y) if layer else y, w)
+            y = torch.einsum(
+                "bhi,bhio->bho", (F.gelu if options.activation == "gelu" else F.silu)(y) if layer else y, w
+            )
         if problem.norm_weight is not None and problem.norm_bias is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=options.norm_eps) * problem.norm_weight + problem.norm_bias
             y = y + problem.k[:, t]
@@ -51,9 +52,13 @@ def test_equals_autograd_through_the_definition(depth: int, norm: bool, chunk: i
 def test_without_gates_and_toward_zero() -> None:
     problem = make_problem(19, momentum=False, forgetting=False)
     options = MemoryOptions(chunk_size=6)
-    assert error(scan_with_surprise(*problem, None, options)[2].gradient_norm, defined(problem, None, options)[1]) < 1e-12
+    assert (
+        error(scan_with_surprise(*problem, None, options)[2].gradient_norm, defined(problem, None, options)[1]) < 1e-12
+    )
     problem, options = make_problem(19), MemoryOptions(chunk_size=6, forget_toward="zero")
-    assert error(scan_with_surprise(*problem, None, options)[2].gradient_norm, defined(problem, None, options)[1]) < 1e-12
+    assert (
+        error(scan_with_surprise(*problem, None, options)[2].gradient_norm, defined(problem, None, options)[1]) < 1e-12
+    )
 
 
 def test_a_chunk_longer_than_a_piece() -> None:

@@ -55,11 +55,19 @@ def scan_with_surprise(
         anchor = state.anchor if state.offset else state.weights
         keys, values = (x[:, tokens].to(dtype) for x in (k, v))
         found.append(token_surprise(keys, values, anchor, norm_weight, norm_bias, options))
-        gates = (None if x is None else x[:, tokens] for x in (log_gamma, log_eta))
         out, state = memory_scan(
-            *(x[:, tokens] for x in (q, k, v)), *gates, theta[:, tokens], initial_weights, norm_weight, norm_bias,
-            state, options,
-        )  # fmt: skip
+            q[:, tokens],
+            k[:, tokens],
+            v[:, tokens],
+            None if log_gamma is None else log_gamma[:, tokens],
+            None if log_eta is None else log_eta[:, tokens],
+            theta[:, tokens],
+            initial_weights,
+            norm_weight,
+            norm_bias,
+            state,
+            options,
+        )
         outputs.append(out)
     surprise = TokenSurprise(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
     return torch.cat(outputs, dim=1), state, surprise
