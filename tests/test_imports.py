@@ -28,6 +28,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 # Sibling packages that may meet on one level: (who, whom). Everything else on one level is apart.
 SIBLINGS = {
     ("titans_pretrain.parallel", "titans_pretrain.model"),  # parallel/ splits a built model
+    ("tools", "launch"),  # a study launches its runs
 }
 
 # Who may load which heavy dependency.
