@@ -139,17 +139,16 @@ def check_unchanged(runs: Sequence[Run]) -> None:
 
 
 def train(ablation: Ablation, parallel: int) -> None:
-    """Run what is not finished. Where nothing is, one run goes first, and says how long the rest will take."""
+    """Run what is not finished. Where nothing has begun, one run goes first, and says how long the rest will take."""
     runs = [run for of_setting in ablation.runs.values() for run in of_setting]
     check_unchanged(runs)
-    left = [run for run in runs if run.status not in ("done", "failed")]
-    if len(left) == len(runs) > parallel:
+    if len(runs) > parallel and not any(run.config.run_dir.exists() for run in runs):
         started = time.monotonic()
         run_local(runs[:1], 1)
         seconds = time.monotonic() - started
         print(
             f"one run took {seconds:.0f} s; the other {len(runs) - 1} take about "
-            f"{seconds * (len(runs) - 1) / parallel / 60:.0f} minutes, {parallel} at a time where each has a core of its own",
+            f"{seconds * (len(runs) - 1) / parallel / 60:.1f} minutes, {parallel} at a time where each has a core of its own",
             flush=True,
         )
     run_local(runs, parallel)
