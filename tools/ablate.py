@@ -124,14 +124,14 @@ def folder_name(setting: str) -> str:
 
 
 def check_unchanged(runs: Sequence[Run]) -> None:
-    """A finished run must be of the config that is asked for, or its numbers would be told of another.
+    """A run that has begun must be of the config that is asked for, or its numbers would be told of another.
 
     Raises:
         UserError: it is of another.
     """
     for run in runs:
         written = run.config.run_dir / "launch" / "config.yaml"
-        if run.status in ("done", "failed") and written.exists() and written.read_text() != config_to_yaml(run.config):
+        if written.exists() and written.read_text() != config_to_yaml(run.config):
             raise UserError(
                 f"{run.config.run_dir} was run with other settings than the ablation now asks for; remove it, or give the "
                 "setting or the ablation another name"
