@@ -178,7 +178,10 @@ RULES = [
         ["engine.zero_stage=0", "engine.precision=bf16", "engine.zero_stage=1"],
     ),
     (["engine.zero_stage=4"], ["engine.zero_stage", "0, 1, 2 or 3", "4"]),
-    (["model.variant=rnn"], ["model.variant", "mac, mag, mal, lmm, transformer, sliding_window", "'rnn'"]),
+    (
+        ["model.variant=rnn"],
+        ["model.variant", "mac, mag, mal, lmm, transformer, sliding_window, gated_deltanet", "'rnn'"],
+    ),
     (["model.num_layers=0"], ["model.num_layers", "above 0"]),
     (["model.num_persistent=-1"], ["model.num_persistent", "0 or more"]),
     (["schedule.final_fraction=1.5"], ["schedule.final_fraction", "between 0 and 1"]),

@@ -34,6 +34,7 @@ SIBLINGS = {
 # Who may load which heavy dependency.
 OWNERS = {
     "deepspeed": ["titans_pretrain.train.engine"],
+    "fla": ["titans_pretrain.model.delta_rule", "tools.benchmark_operators"],
     "webdataset": ["titans_pretrain.data", "tools.benchmark_data"],
     "boto3": ["titans_pretrain.data"],
     "botocore": ["titans_pretrain.data"],

@@ -87,6 +87,15 @@ def test_data_takes_the_ranks_that_sequence_and_tensor_leave() -> None:
             ["parallel.sequence=2", "data.reset_at_documents=true", "model.num_heads=4"],
             ["data.reset_at_documents=true", "parallel.sequence (2)", "parallel.sequence=1"],
         ),
+        (
+            ["parallel.sequence=2", "model.variant=gated_deltanet", "parallel.memory=chunk_scan"],
+            ["parallel.memory=chunk_scan", "model.variant=gated_deltanet", "head_exchange", "hand_off"],
+        ),
+        (
+            ["parallel.sequence=2", "model.variant=linear_attention", "model.memory_heads=1"],
+            ["model.memory_heads (1)", "parallel.memory=hand_off"],
+        ),
+        (["parallel.tensor=2", "model.variant=gated_deltanet_swa", "model.memory_heads=1"], ["model.memory_heads (1)"]),
         (["parallel.tensor=2", "model.compile=true"], ["model.compile=true", "parallel.tensor (2)"]),
     ],
 )
@@ -104,6 +113,8 @@ def test_what_cannot_work_is_refused(overrides: list[str], parts: list[str]) -> 
         ["parallel.sequence=4", "model.variant=mac", "model.segment_len=16"],
         ["parallel.tensor=2", "model.variant=lmm", "model.num_heads=1", "model.memory_heads=2"],
         ["parallel.tensor=2", "data.reset_at_documents=true"],
+        ["parallel.sequence=4", "model.variant=gated_deltanet", "parallel.memory=hand_off"],
+        ["parallel.tensor=2", "model.variant=linear_attention", "model.num_heads=1", "model.memory_heads=2"],
     ],
 )
 def test_what_works_is_allowed(overrides: list[str]) -> None:

@@ -27,7 +27,14 @@ import yaml
 from titans_pretrain.errors import UserError
 
 TITANS_VARIANTS = ("mac", "mag", "mal", "lmm")
-BASELINE_VARIANTS = ("transformer", "sliding_window")
+BASELINE_VARIANTS = (
+    "transformer",
+    "sliding_window",
+    "gated_deltanet",
+    "gated_deltanet_swa",
+    "linear_attention",
+)
+RECURRENT_VARIANTS = ("gated_deltanet", "gated_deltanet_swa", "linear_attention")
 VARIANTS = TITANS_VARIANTS + BASELINE_VARIANTS
 
 
@@ -42,8 +49,9 @@ class ModelConfig:
 
     variant: str = one_of("mag", *VARIANTS)
     """Architecture: memory as context (mac), as gate (mag), as layer (mal), alone (lmm), or a baseline: full causal
-    attention (transformer, Llama-like) or attention over a window (sliding_window). Default mag: the steadiest
-    hybrid in the paper's tables."""
+    attention (transformer, Llama-like), attention over a window (sliding_window), Gated DeltaNet alone (gated_deltanet) or
+    followed in each block by attention over a window (gated_deltanet_swa), or linear attention (linear_attention).
+    Default mag: the steadiest hybrid in the paper's tables."""
     num_layers: int = 12
     """Blocks. Default: the paper's 170M model."""
     dim: int = 768
@@ -62,7 +70,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies. Default: Llama's."""
     window: int = 2048
-    """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window). Default: the paper's."""
+    """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window, gated_deltanet_swa). Default: the
+    paper's."""
     segment_len: int = 512
     """Tokens per MAC segment, the unit of its attention. Default: the paper's."""
     retrieve_every: int = 1
@@ -77,7 +86,8 @@ class ModelConfig:
     """MAL: give the memory sublayer a residual of its own before attention reads it. Default true: a stacked layer of a
     pre-norm network; false is the bare composition attention(memory(x))."""
     memory_heads: int = 0
-    """Heads of the memory; its head_dim = dim / memory_heads. 0: num_heads."""
+    """Heads of the memory, or of the recurrence of gated_deltanet, gated_deltanet_swa and linear_attention; its head_dim =
+    dim / memory_heads. Such a recurrence carries head_dim numbers for each of dim channels. 0: num_heads."""
     memory_depth: int = 2
     """Weight matrices in each head's memory network, 1 (linear) to 4. Default: the paper's."""
     memory_expansion: float = 4.0
@@ -112,8 +122,8 @@ class ModelConfig:
     """Initial bias of alpha's gate, a logit. Default -6: 0.25 % forgotten per token; faster forgetting is chaotic with
     the inner layer norm (method.md 1)."""
     conv_kernel: int = 4
-    """Taps of the causal depthwise convolution on the memory's q, k, v. 1: no convolution. Default: the paper's family
-    (Mamba, Gated DeltaNet)."""
+    """Taps of the causal depthwise convolution on the q, k, v of the memory or recurrence. 1: no convolution. Default: the
+    paper's family (Mamba, Gated DeltaNet)."""
     compile: bool = False
     """Run the blocks of the training forward through torch.compile. Speed only: not part of the model, checkpoints and
     exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there."""
@@ -162,8 +172,18 @@ class ModelConfig:
         return self.variant in TITANS_VARIANTS
 
     @property
+    def has_recurrence(self) -> bool:
+        """A baseline whose state passes from token to token as the memory's does."""
+        return self.variant in RECURRENT_VARIANTS
+
+    @property
+    def carries_state(self) -> bool:
+        """Something passes from every token to all later ones: parallel.memory says how ranks that share a row do that."""
+        return self.has_memory or self.has_recurrence
+
+    @property
     def has_attention(self) -> bool:
-        return self.variant != "lmm"
+        return self.variant not in ("lmm", "gated_deltanet", "linear_attention")
 
     @property
     def document_grid_key(self) -> str:
@@ -314,7 +334,8 @@ class ParallelConfig:
     """How the memory's scan is shared where `sequence` is above 1. head_exchange: each rank scans all tokens for its share
     of the heads. hand_off: each rank scans its own tokens and passes the state on; ranks work on different layers at one
     time. chunk_scan: ranks share one long chunk (model.memory_chunk a multiple of a rank's tokens) and merge their updates.
-    Default auto: hand_off for mac, else head_exchange."""
+    The recurrences of gated_deltanet, gated_deltanet_swa and linear_attention go by one of the first two. Default auto:
+    hand_off for mac, else head_exchange."""
     check_interval: int = 500
     """Steps between checks that parameters which must be equal on several ranks are, bit for bit; a difference stops the
     run. 0: never. Default 500: once in hundreds of steps costs nothing."""
@@ -792,7 +813,7 @@ def _check_model(model: ModelConfig) -> None:
     for key, heads in (("num_heads", model.num_heads), ("memory_heads", model.resolved_memory_heads)):
         if model.dim % heads:
             raise UserError(f"model.dim ({model.dim}) must be a multiple of model.{key} ({heads})")
-    if model.head_dim % 2 and model.variant != "lmm":
+    if model.head_dim % 2 and model.has_attention:
         raise UserError(
             f"model.dim ({model.dim}) / model.num_heads ({model.num_heads}) is {model.head_dim}, "
             "but rotary positions need an even head_dim; change model.num_heads"

@@ -112,6 +112,7 @@ def live_tensors() -> int:
     [
         *((v, 1024) for v in ("mac", "mag", "mal", "sliding_window")),
         ("lmm", 4096),
+        *((v, 1024) for v in ("gated_deltanet", "gated_deltanet_swa", "linear_attention")),
     ],
 )
 def test_tokens_far_past_the_training_length_need_constant_memory(

@@ -26,7 +26,10 @@ from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.train.checkpoint import find_checkpoints, read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 
-STAGES = {"mac": 1, "mag": 2, "mal": 3, "lmm": 1, "transformer": 0, "sliding_window": 3}
+STAGES = {
+    **{"mac": 1, "mag": 2, "mal": 3, "lmm": 1, "transformer": 0, "sliding_window": 3},
+    **{"gated_deltanet": 2, "gated_deltanet_swa": 1, "linear_attention": 3},
+}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.model.tiny import VOCAB, random_tokens, tiny_model
-from titans_pretrain.config import TITANS_VARIANTS, VARIANTS
+from titans_pretrain.config import BASELINE_VARIANTS, RECURRENT_VARIANTS, TITANS_VARIANTS, VARIANTS
 from titans_pretrain.model import Titans
 
 # Each of the memory's options takes another path through a block at least once.
@@ -45,7 +45,8 @@ TITANS_CASES = [(variant, options) for variant in TITANS_VARIANTS for options in
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"), [*TITANS_CASES, ("transformer", "default"), ("sliding_window", "default")]
+    ("variant", "options"),
+    [*TITANS_CASES, *((v, "default") for v in BASELINE_VARIANTS), *((v, "linear") for v in RECURRENT_VARIANTS)],
 )
 @torch.no_grad()
 def test_decoding_equals_parallel_forward(variant: str, options: str) -> None:

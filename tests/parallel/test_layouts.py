@@ -63,7 +63,7 @@ def num_layers(variant: str) -> int:
 def case(variant: str, layout: str, stage: int) -> dict[str, Any] | None:
     """The config, or None where it is refused, or is another row's by another name."""
     sections = tree(variant, zero=stage, model__num_layers=num_layers(variant), **LAYOUTS[layout])
-    if variant in ("transformer", "sliding_window") and LAYOUTS[layout].get("parallel__memory") in (
+    if not config_from_dict(sections).model.carries_state and LAYOUTS[layout].get("parallel__memory") in (
         "hand_off",
         "chunk_scan",
     ):

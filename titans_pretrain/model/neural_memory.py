@@ -21,8 +21,9 @@ from titans_pretrain.memory import (
     memory_read,
 )
 from titans_pretrain.memory.surprise import scan_with_surprise
+from titans_pretrain.model.convolution import convolve
 from titans_pretrain.model.documents import Documents
-from titans_pretrain.model.layers import CausalConv, RMSNorm
+from titans_pretrain.model.layers import CausalConv, RMSNorm, unit
 from titans_pretrain.model.sequence import LocalSequence
 
 
@@ -115,7 +116,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail; `sequence` has the tokens before x."""
         q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence, documents)
-        return self._unit(q), tail
+        return unit(q), tail
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """x [b, t, c] -> log(1 - alpha), log(eta) and theta, fp32 [b, t, h, l]; None for a gate that is switched off."""
@@ -142,18 +143,8 @@ class NeuralMemory(nn.Module):
         sequence: LocalSequence,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if documents is None:
-            extended = sequence.extend(x, tail, conv.halo)
-            y = conv(extended)
-        else:
-            pieces = sequence.extend_pieces(x, None if tail is None else tail[0], conv.halo, documents)
-            y = conv(pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2]).flatten(1, 2)[:, : x.shape[1]]
-            extended = pieces[:, -1, : conv.halo + (x.shape[1] - 1) % documents.grid + 1]
-        return F.silu(y).unflatten(-1, (-1, self.head_dim)), extended[:, extended.shape[1] - conv.halo :]
-
-    def _unit(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
+        y, tail = convolve(x, conv, tail, sequence, documents)
+        return F.silu(y).unflatten(-1, (-1, self.head_dim)), tail
 
     # ------------------------------------------------------------------------------------------------------------- calls
 
@@ -253,7 +244,7 @@ class NeuralMemory(nn.Module):
         q, query_tail = self.queries(x, tails[0], self.sequence, documents)
         k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
         v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
-        return (q, self._unit(k), v), (query_tail, key_tail, value_tail), self.gates(x)
+        return (q, unit(k), v), (query_tail, key_tail, value_tail), self.gates(x)
 
     @torch.no_grad()
     def _record(

@@ -21,6 +21,7 @@ from titans_pretrain.memory import MemoryState
 from titans_pretrain.model.attention import AttentionState
 from titans_pretrain.model.blocks import HybridState, MACState
 from titans_pretrain.model.neural_memory import MemoryLayerState
+from titans_pretrain.model.recurrence import RecurrenceState, RecurrentHybridState
 from titans_pretrain.model.titans import ModelState, Titans
 
 # ---------------------------------------------------------------------------------------------------- rows of a state
@@ -81,6 +82,11 @@ def _select(part: Any, rows: Tensor, config: ModelConfig) -> Any:
     if isinstance(part, AttentionState):
         lengths = None if part.row_lengths is None else part.row_lengths[rows]
         return _settle_attention(AttentionState(part.keys[rows], part.values[rows], lengths))
+    if isinstance(part, RecurrenceState):
+        q, k, v = (x[rows] for x in part.tails)
+        return RecurrenceState((q, k, v), part.state[rows])
+    if isinstance(part, RecurrentHybridState):
+        return RecurrentHybridState(_select(part.recurrence, rows, config), _select(part.attention, rows, config))
     assert isinstance(part, MACState), type(part)
     recalled = tuple(w[rows] for w in part.recalled)
     context = None
@@ -121,6 +127,12 @@ def _join(parts: Sequence[Any], config: ModelConfig) -> Any:
         return _join_layers(parts, rows_agree=True)
     if isinstance(first, AttentionState):
         return _join_attention(parts)
+    if isinstance(first, RecurrenceState):
+        q, k, v = (torch.cat([p.tails[i] for p in parts]) for i in range(3))
+        return RecurrenceState((q, k, v), torch.cat([p.state for p in parts]))
+    if isinstance(first, RecurrentHybridState):
+        recurrence = _join([p.recurrence for p in parts], config)
+        return RecurrentHybridState(recurrence, _join_attention([p.attention for p in parts]))
     assert isinstance(first, MACState), type(first)
     recalled = tuple(torch.cat(xs) for xs in zip(*(p.recalled for p in parts), strict=True))
     tail = torch.cat([p.recall_tail for p in parts])

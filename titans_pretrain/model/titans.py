@@ -12,8 +12,11 @@ from titans_pretrain.config import ModelConfig
 from titans_pretrain.model.baselines import TransformerBlock
 from titans_pretrain.model.blocks import Block, LMMBlock, MACBlock, MAGBlock, MALBlock
 from titans_pretrain.model.documents import Documents
+from titans_pretrain.model.gated_deltanet import GatedDeltaNet
 from titans_pretrain.model.layers import LanguageModelHead, RMSNorm, rotary_table
+from titans_pretrain.model.linear_attention import LinearAttention
 from titans_pretrain.model.neural_memory import NeuralMemory, TokenSignals
+from titans_pretrain.model.recurrence import RecurrentBlock, RecurrentHybridBlock
 from titans_pretrain.model.sequence import LocalSequence
 
 
@@ -34,6 +37,12 @@ def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
         return TransformerBlock(config, sequence, window=None)
     if config.variant == "sliding_window":
         return TransformerBlock(config, sequence, window=config.window)
+    if config.variant == "gated_deltanet":
+        return RecurrentBlock(config, GatedDeltaNet(config, sequence))
+    if config.variant == "gated_deltanet_swa":
+        return RecurrentHybridBlock(config, GatedDeltaNet(config, sequence), sequence)
+    if config.variant == "linear_attention":
+        return RecurrentBlock(config, LinearAttention(config, sequence))
     titans = {"mac": MACBlock, "mag": MAGBlock, "mal": MALBlock, "lmm": LMMBlock}
     return titans[config.variant](config, sequence)
 
