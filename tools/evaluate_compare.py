@@ -52,9 +52,8 @@ def scores(report: Mapping[str, Any]) -> dict[str, str]:
                 found[f"perplexity at {bucket['from']:g}-{bucket['to']:g} training lengths"] = number(
                     bucket["perplexity"]
                 )
-            sizes = result["state_bytes"]
-            found["state after the training length, bytes"] = f"{size_at(result, 1.0):,}"
-            found[f"state after {result['multiple']} training lengths, bytes"] = f"{sizes[-1]:,}"
+            for size in result["state_bytes"][1:2] + result["state_bytes"][-1:]:
+                found[f"state after {size['at']:g} training lengths, bytes"] = f"{size['bytes']:,}"
         elif "cells" in result:
             for length in dict.fromkeys(cell["length"] for cell in result["cells"]):
                 cells = [cell for cell in result["cells"] if cell["length"] == length]
@@ -67,13 +66,6 @@ def scores(report: Mapping[str, Any]) -> dict[str, str]:
             for name, value in result["scores"].items():
                 found[f"{task}: {name}"] = number(value)
     return found
-
-
-def size_at(result: Mapping[str, Any], place: float) -> int:
-    """Bytes of the state where the bucket that ends at `place` training lengths does."""
-    return next(
-        size for bucket, size in zip(result["buckets"], result["state_bytes"], strict=True) if bucket["to"] >= place
-    )
 
 
 def number(value: float | None) -> str:

@@ -51,7 +51,8 @@ def perplexity_by_position(
     Returns:
         {"train_length", "multiple", "sequences", "buckets": [{"from", "to" (in training lengths), "tokens", "loss" (nats),
         "error" (standard error of the mean over sequences; None of one), "perplexity"}], "loss", "perplexity" (over all),
-        "state_bytes" (of one row, after each bucket), "finite"}. A loss that is not finite is None.
+        "state_bytes": [{"at" (training lengths), "bytes" (of one row)}] from the training length on, "finite"}.
+        A loss that is not finite is None. Up to the second entry of "state_bytes" a constant state may still fill up.
 
     Raises:
         UserError: there are no rows.
@@ -59,26 +60,29 @@ def perplexity_by_position(
     places = bucket_places(train_length, multiple)
     length = places[-1]
     means: list[np.ndarray] = []  # per row its mean loss in each bucket
-    sizes: list[int] = []
+    sizes: list[dict[str, Any]] = []
     for group in _batches(rows, batch):
         tokens = torch.from_numpy(np.stack(group))
         assert tokens.shape[1] == length + 1, tokens.shape
         sums = torch.zeros(len(group), len(places) - 1, dtype=torch.float64)
         state, sizes = None, []
-        for start, stop in _pieces(places, piece):
+        # Pieces are as long up to the training length as behind it, so that states compare.
+        for start, stop in _pieces([0, *(place for place in places if place >= train_length)], piece):
             hidden, state = model.hidden(tokens[:, start:stop].to(device), state)
             losses, _ = token_losses(model, hidden, tokens[:, start + 1 : stop + 1].to(device))
-            bucket = _bucket_of(places, start)
-            sums[:, bucket] += losses.double().sum(1).cpu()
-            if stop == places[bucket + 1]:
-                sizes.append(state_bytes(state) // len(group))
+            bucket = torch.from_numpy(np.searchsorted(places, np.arange(start, stop), side="right") - 1)
+            sums.index_add_(1, bucket, losses.double().cpu())
+            if stop in places and stop >= train_length:
+                sizes.append({"at": stop / train_length, "bytes": state_bytes(state) // len(group)})
         means += list((sums / torch.tensor(places).diff()).numpy())
     if not means:
         raise UserError(f"there is no sequence of {length:,} tokens to measure; lower --multiple or give more text")
     return _report(np.stack(means), places, train_length, multiple, sizes)
 
 
-def _report(means: np.ndarray, places: list[int], train_length: int, multiple: int, sizes: list[int]) -> dict[str, Any]:
+def _report(
+    means: np.ndarray, places: list[int], train_length: int, multiple: int, sizes: list[dict[str, Any]]
+) -> dict[str, Any]:
     count = len(means)
     buckets = []
     for number, (start, stop) in enumerate(pairwise(places)):
@@ -111,14 +115,10 @@ def _loss(loss: float) -> dict[str, float | None]:
 
 
 def _pieces(places: Sequence[int], piece: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of every piece; none crosses a bucket's border."""
+    """(start, stop) of every piece; none crosses one of `places`."""
     for first, last in pairwise(places):
         for start in range(first, last, piece):
             yield start, min(start + piece, last)
-
-
-def _bucket_of(places: Sequence[int], place: int) -> int:
-    return int(np.searchsorted(places, place, side="right")) - 1
 
 
 def _batches(rows: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
