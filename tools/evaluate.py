@@ -191,6 +191,17 @@ def run(
         prose = Haystack(words, split_sentences(text), "the text")
     scoring = Scoring(options.piece, options.batch, device)
     depths = [depth / 100 for depth in options.depths]
+    needles = {
+        task: needle.Needles(needle.TASKS[task], words, prose, options.seed) for task in tasks if task in needle.TASKS
+    }
+    stories = {
+        task: babilong.Scattered(task, words, prose, options.seed) for task in tasks if task in babilong.TASKS and prose
+    }
+    for index in range(options.samples):  # what does not fit is said before anything is measured
+        for asked in needles.values():
+            asked.sample(min(options.lengths), depths[0], index)
+        for told in stories.values():
+            told.sample(min(options.lengths), index)
     results: dict[str, Any] = {}
     harness = [task.removeprefix("lm_eval/") for task in tasks if task.startswith("lm_eval/")]
     for task in tasks:
@@ -209,15 +220,12 @@ def run(
                 state_bytes=state_bytes,
             )
         elif task in needle.TASKS:
-            needles = needle.Needles(needle.TASKS[task], words, prose, options.seed)
             results[task] = needle.run_needles(
-                loaded.model, needles, options.lengths, depths, options.samples, scoring, record
+                loaded.model, needles[task], options.lengths, depths, options.samples, scoring, record
             )
         elif task in babilong.TASKS:
-            assert prose is not None
-            stories = babilong.Scattered(task, words, prose, options.seed)
             results[task] = babilong.run_scattered(
-                loaded.model, stories, options.lengths, options.samples, scoring, record
+                loaded.model, stories[task], options.lengths, options.samples, scoring, record
             )
         elif task.removeprefix("lm_eval/") == harness[0]:  # all of them together: the harness loads the model once
             results |= run_lm_eval(loaded.export, harness, options.include_path, options.limit, options.batch, device)

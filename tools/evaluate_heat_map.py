@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from titans_pretrain.errors import UserError
 
-MEASURES = (("score", "answer written, %"), ("token_accuracy", "answer's tokens, %"))
+MEASURES = (("score", "answer written, %"), ("token_accuracy", "answer's tokens, %"), ("nll", "nats per token"))
 
 
 def write_heat_map(path: Path, results: Mapping[str, Any], title: str) -> None:
-    """One row of panels for each needle task of `results`: what it wrote, and its accuracy on the answer's tokens.
+    """One row of panels for each needle task of `results`: what was written, and accuracy and loss on the answer's tokens.
+    Percentages are coloured from 0 to 100, losses over the range of the figure; light is good.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -23,17 +25,19 @@ def write_heat_map(path: Path, results: Mapping[str, Any], title: str) -> None:
     except ImportError:
         raise UserError("--png needs matplotlib: pip install 'titans_pretrain[scaling]', or drop --png") from None
     tasks = {name: result["cells"] for name, result in results.items() if name.startswith("niah_")}
-    figure = Figure(figsize=(10, 0.8 + 2.6 * len(tasks)), layout="constrained")
+    losses = [cell["nll"] for cells in tasks.values() for cell in cells if cell["nll"] is not None] or [0.0]
+    figure = Figure(figsize=(13, 0.8 + 2.6 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(tasks), len(MEASURES), squeeze=False)
-    image = None
     for (name, cells), row in zip(tasks.items(), panels, strict=True):
         lengths = sorted({cell["length"] for cell in cells})
         depths = sorted({cell["depth"] for cell in cells})
         for (key, label), axes in zip(MEASURES, row, strict=True):
             of = {(cell["depth"], cell["length"]): cell[key] for cell in cells}
-            values = [[of[depth, length] for length in lengths] for depth in depths]
-            image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+            values = [[math.nan if of[d, n] is None else of[d, n] for n in lengths] for d in depths]
+            percent = key != "nll"
+            low, high = (0.0, 100.0) if percent else (min(losses), max(losses))
+            image = axes.imshow(values, cmap="viridis" if percent else "viridis_r", vmin=low, vmax=high, aspect="auto")
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
             axes.set_title(f"{name}: {label}", fontsize=9)
@@ -41,9 +45,10 @@ def write_heat_map(path: Path, results: Mapping[str, Any], title: str) -> None:
             axes.set_ylabel("depth")
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
-                    axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8)
-    if image is not None:
-        figure.colorbar(image, ax=panels, shrink=0.6)
+                    light = (value > 60) if percent else value < (low + high) / 2
+                    text = f"{value:.0f}" if percent else f"{value:.2f}"
+                    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if light else "white")
+            figure.colorbar(image, ax=axes)
     figure.suptitle(title)
     try:
         figure.savefig(path, dpi=110)

@@ -43,7 +43,10 @@ def run_lm_eval(
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
             raise UserError(f"lm-eval knows no task {unknown[0]!r}; --include-path names a folder of task files")
-        model = HFLM(pretrained=str(export), trust_remote_code=True, device=device, batch_size=batch)
+        # a document begins with the beginning-of-sequence id in training
+        model = HFLM(
+            pretrained=str(export), trust_remote_code=True, device=device, batch_size=batch, add_bos_token=True
+        )
         found = simple_evaluate(
             model=model,
             tasks=list(tasks),

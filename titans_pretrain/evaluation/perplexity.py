@@ -27,7 +27,7 @@ def bucket_places(train_length: int, multiple: int) -> list[int]:
     return sorted(set(places))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity_by_position(
     model: Model,
     rows: Iterable[np.ndarray],

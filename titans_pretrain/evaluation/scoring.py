@@ -89,7 +89,7 @@ class Scoring:
     """Tokens that a continuation may have beyond the answer's room, for words in front of the answer."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def token_losses(model: Model, hidden: Tensor, labels: Tensor, num_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """hidden [b, t, c], labels int64 [b, t] -> fp32 losses [b, t] in nats, and whether each label is the likeliest token.
 
@@ -105,7 +105,7 @@ def token_losses(model: Model, hidden: Tensor, labels: Tensor, num_tokens: int =
     return torch.cat(losses, 1), torch.cat(correct, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(model: Model, tokens: Tensor, piece: int) -> tuple[Tensor, Any]:
     """tokens int64 [b, t] in pieces -> the last token's hidden state [b, 1, c], and the state after it."""
     state = None
@@ -114,7 +114,7 @@ def read(model: Model, tokens: Tensor, piece: int) -> tuple[Tensor, Any]:
     return hidden[:, -1:], state
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _answer_losses(
     model: Model, last: Tensor, state: Any, answers: Sequence[Sequence[int]], num_tokens: int
 ) -> tuple[list[float], list[int]]:
@@ -129,7 +129,7 @@ def _answer_losses(
     return [float(loss) for loss, _ in rows], [int(count) for _, count in rows]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _greedy(model: Model, last: Tensor, state: Any, new_tokens: int, num_tokens: int, eos_id: int) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(len(last))]
     ended = [False] * len(last)
