@@ -32,6 +32,23 @@ class ModelState(NamedTuple):
     """int64 [b]: tokens consumed by each row, where rows differ; see model/rows.py."""
 
 
+def state_bytes(state: Any) -> int:
+    """Bytes of memory that the tensors of a state keep alive: each storage once and whole, so a small view of a large
+    tensor counts as the large one."""
+    storages: dict[int, int] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, (tuple, list)):
+            for item in part:
+                visit(item)
+
+    visit(state)
+    return sum(storages.values())
+
+
 def build_block(config: ModelConfig, sequence: LocalSequence) -> Block | RMTBlock:
     """The block of `config.variant`."""
     if config.variant == "rmt":
