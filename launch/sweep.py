@@ -253,7 +253,7 @@ def _check_gpus(runs: Sequence[Run], parallel: int) -> None:
     if most * min(parallel, len(runs)) > torch.cuda.device_count():
         raise UserError(
             f"{min(parallel, len(runs))} runs at a time with cluster.gpus_per_node={most} need more than the "
-            f"{torch.cuda.device_count()} GPUs of this machine; lower `parallel`"
+            f"{torch.cuda.device_count()} GPUs of this machine; lower `parallel`, or set cluster.gpus_per_node=0 for the CPU"
         )
 
 

@@ -416,6 +416,16 @@ class EvalConfig:
     length_multiples: tuple[int, ...] = (1,)
     """Sequence lengths to evaluate at, as multiples of data.seq_len, the memory state carried over the whole length.
     Each adds a pass; multiples above 1 are logged as valid_loss_xN."""
+    needle_lengths: tuple[int, ...] = ()
+    """Text lengths, tokens, at which every evaluation also measures how well the model finds a needle (docs/evaluation.md): the
+    accuracy on the answer's tokens and their loss, as needle_accuracy/LENGTH and needle_nll/LENGTH. Default none: it costs
+    needle_samples passes over each length, and small models find nothing for long."""
+    needle_task: str = one_of(
+        "niah_single_1", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2"
+    )
+    """Which needle. Default niah_single_1, the easiest, which a model learns first. Prose is the validation split."""
+    needle_samples: int = 32
+    """Needles at each length, at depths spread evenly over the text. Default 32: some 250 tokens to be right about."""
 
 
 @dataclass(frozen=True)
@@ -779,7 +789,7 @@ def _check_ranges(config: Config) -> None:
         "model.num_memory_tokens "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
-        "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens "
+        "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens eval.needle_samples "
         "faults.spike_sigma faults.spike_window "
         "cluster.nodes cluster.cpus_per_process "
         "cluster.attempts"
@@ -815,6 +825,10 @@ def _check_ranges(config: Config) -> None:
     if any(m < 1 for m in config.eval.length_multiples) or not config.eval.length_multiples:
         given = list(config.eval.length_multiples)
         raise UserError(f"eval.length_multiples must be whole numbers of 1 or more, not {given}")
+    if any(length < 1 for length in config.eval.needle_lengths):
+        raise UserError(
+            f"eval.needle_lengths must be whole numbers of 1 or more, not {list(config.eval.needle_lengths)}"
+        )
     if not config.run.name or "/" in config.run.name or config.run.name in (".", ".."):
         raise UserError(f"run.name must be a folder name, not {config.run.name!r}; use run.dir for its parent")
 

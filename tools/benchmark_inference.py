@@ -39,10 +39,11 @@ import torch
 from titans_pretrain.config import ModelConfig, load_config
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.inference.export import DTYPES, load_export, read_info
-from titans_pretrain.inference.generate import Decoding, Row, read, state_bytes
+from titans_pretrain.inference.generate import Decoding, Row, read
 from titans_pretrain.inference.sampling import SamplingOptions
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.model.cost import parameter_counts
+from titans_pretrain.model.titans import state_bytes
 from tools.generate import choose_device
 
 MIB = 2**20

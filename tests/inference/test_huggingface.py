@@ -19,10 +19,10 @@ from tests.inference.tiny import tiny_export
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, make_dataset, tiny_tree
 from titans_pretrain.config import VARIANTS, config_from_dict
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.inference.export import load_export, write_export
 from titans_pretrain.inference.huggingface.files import tokenizer_files
 from titans_pretrain.inference.huggingface.flatten import modelling_files
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.train.checkpoint import find_checkpoints, read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 

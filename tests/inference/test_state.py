@@ -17,9 +17,10 @@ from tests.model.tiny import tiny_model
 from titans_pretrain.config import VARIANTS
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.export import load_export
-from titans_pretrain.inference.generate import Decoding, Generation, Reading, Row, read, state_bytes
+from titans_pretrain.inference.generate import Decoding, Generation, Reading, Row, read
 from titans_pretrain.inference.state import fingerprint, load_reading, save_reading, tokens_read
 from titans_pretrain.model import Titans
+from titans_pretrain.model.titans import state_bytes
 
 
 def ids(length: int) -> list[int]:

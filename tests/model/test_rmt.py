@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.model.tiny import VOCAB, random_tokens, tiny_model
-from titans_pretrain.inference.generate import state_bytes
 from titans_pretrain.model import Titans
 from titans_pretrain.model.layers import IGNORED_LABEL, rotary_table, rotate
 from titans_pretrain.model.rmt import visible_places
+from titans_pretrain.model.titans import state_bytes
 
 MEMORY, SEGMENT = 3, 20
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -286,20 +286,3 @@ def advance(model: Titans, tokens: Sequence[int], state: ModelState | None) -> t
     batch = torch.tensor([list(tokens)], dtype=torch.int64, device=model.embedding.weight.device)
     hidden, state = model.hidden(batch, state)
     return model.logits(hidden[:, -1:])[0, 0], state
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of memory that the tensors of a state keep alive: each storage once and whole, so a small view of a large
-    tensor counts as the large one."""
-    storages: dict[int, int] = {}
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Tensor):
-            storage = part.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(part, (tuple, list)):
-            for item in part:
-                visit(item)
-
-    visit(state)
-    return sum(storages.values())

@@ -20,6 +20,7 @@ from titans_pretrain.memory import (
     initial_state,
     memory_read,
 )
+from titans_pretrain.memory.surprise import scan_with_surprise
 from titans_pretrain.model.convolution import convolve
 from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import CausalConv, RMSNorm, unit
@@ -53,6 +54,21 @@ class MemoryLayerState(NamedTuple):
 
     def close_chunk(self) -> MemoryLayerState:
         return self._replace(memory=begin_chunk(self.memory))
+
+
+class TokenSignals(NamedTuple):
+    """What a memory made of each token [b, t]; fp32, or float64 where the model is. Per head, and per memory layer l."""
+
+    inner_loss: Tensor
+    """[b, t, h]: 0.5 * ||M(k) - v||^2 at the weights of the start of the token's chunk."""
+    gradient_norm: Tensor
+    """[b, t, h, l]: the norm of its gradient, the momentary surprise, which the memory takes a step against."""
+    theta: Tensor
+    """[b, t, h, l]: the step's size."""
+    eta: Tensor | None
+    """[b, t, h, l]: what is kept of the momentum; None: there is none. alpha alike."""
+    alpha: Tensor | None
+    """[b, t, h, l]: what is forgotten."""
 
 
 class NeuralMemory(nn.Module):
@@ -100,6 +116,9 @@ class NeuralMemory(nn.Module):
         self.sequence = sequence
         self.collect_signals = False
         self.signals: dict[str, Tensor] = {}
+        self.collect_tokens = False
+        self.token_signals: list[TokenSignals] = []
+        """Of the calls since `collect_tokens` was set, in order; see Titans.observe."""
 
     # ------------------------------------------------------------------------------------------------ inputs of the scan
 
@@ -156,7 +175,11 @@ class NeuralMemory(nn.Module):
         """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c].
 
         With `documents` the rows of `state` are alike, and every document begins with it."""
-        read, query, state = self._scan(x, state, documents, signals=self.collect_signals)
+        if self.collect_tokens:
+            assert documents is None, "documents that share a row are not looked at token by token"
+            read, query, state = self._observe(x, state)
+        else:
+            read, query, state = self._scan(x, state, documents, signals=self.collect_signals)
         return self.leave(read, x, query), state
 
     def begin_anew(self, state: MemoryLayerState, rows: Tensor) -> MemoryLayerState:
@@ -192,6 +215,46 @@ class NeuralMemory(nn.Module):
         signals: bool = False,
     ) -> tuple[Tensor, Tensor | None, MemoryLayerState]:
         """-> the read [b, t, h, d], in the h3 arrangement the query as projected [b, t, c], and the state."""
+        (q, k, v), query, tails, gates = self._scan_inputs(x, state, documents)
+        result = self.sequence.memory_scan(
+            q,
+            k,
+            v,
+            *gates,
+            tuple(self.initial_weights),
+            self.inner_norm_weight,
+            self.inner_norm_bias,
+            None if state is None else state.memory,
+            self.options,
+            document_starts=None if documents is None else documents.starts,
+            fresh=None if documents is None or state is None else state.memory.first_row(),
+            return_signals=signals,
+        )
+        if signals:
+            self._record(result[2], *gates)
+        return result[0], query, MemoryLayerState(tails, result[1])
+
+    def _observe(self, x: Tensor, state: MemoryLayerState | None) -> tuple[Tensor, Tensor | None, MemoryLayerState]:
+        """`_scan`, and the signals of every token."""
+        (q, k, v), query, tails, (log_gamma, log_eta, theta) = self._scan_inputs(x, state)
+        read, memory, surprise = scan_with_surprise(
+            q, k, v, log_gamma, log_eta, theta, tuple(self.initial_weights), self.inner_norm_weight,
+            self.inner_norm_bias, None if state is None else state.memory, self.options,
+        )  # fmt: skip
+        alpha = None if log_gamma is None else -torch.expm1(log_gamma)
+        self.token_signals.append(TokenSignals(*surprise, theta, None if log_eta is None else log_eta.exp(), alpha))
+        return read, query, MemoryLayerState(tails, memory)
+
+    def _scan_inputs(
+        self, x: Tensor, state: MemoryLayerState | None, documents: Documents | None = None
+    ) -> tuple[
+        tuple[Tensor, ...],
+        Tensor | None,
+        tuple[Tensor, Tensor, Tensor],
+        tuple[Tensor | None, Tensor | None, Tensor],
+    ]:
+        """x [b, t, c] -> q, k, v [b, t, h, d], in the h3 arrangement the query as projected [b, t, c], the convolutions' new
+        tails, and `gates`."""
         tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
         query = self.query(x) if self.query_conv is None else None
         if query is None:
@@ -205,26 +268,12 @@ class NeuralMemory(nn.Module):
             k = F.silu(k)
             v, value_tail = convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
             v = F.silu(v)
-        log_gamma, log_eta, theta = self.gates(x)
-        result = self.sequence.memory_scan(
-            q,
-            unit(self._heads(k)),
-            self._heads(v),
-            log_gamma,
-            log_eta,
-            theta,
-            tuple(self.initial_weights),
-            self.inner_norm_weight,
-            self.inner_norm_bias,
-            None if state is None else state.memory,
-            self.options,
-            document_starts=None if documents is None else documents.starts,
-            fresh=None if documents is None or state is None else state.memory.first_row(),
-            return_signals=signals,
+        return (
+            (q, unit(self._heads(k)), self._heads(v)),
+            query,
+            (query_tail, key_tail, value_tail),
+            self.gates(x),
         )
-        if signals:
-            self._record(result[2], log_gamma, log_eta, theta)
-        return result[0], query, MemoryLayerState((query_tail, key_tail, value_tail), result[1])
 
     @torch.no_grad()
     def _record(

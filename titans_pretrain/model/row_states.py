@@ -1,7 +1,7 @@
 """How are the rows of each kind of state selected and joined? The parts behind rows.select_rows and rows.join_states.
 
-Where rows agree on a place (an offset in a chunk, a place in a segment, a length), a part keeps one number for all; where they
-differ, a tensor of one for each row, and room in which every row finds its own.
+Where rows agree on a place (the offset in a chunk, the place in a segment, a length), a part keeps one number for all; where
+they differ, a tensor of one for each row, and room in which every row finds its own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.gated_deltanet import GatedDeltaNet
 from titans_pretrain.model.layers import LanguageModelHead, RMSNorm, rotary_table
 from titans_pretrain.model.linear_attention import LinearAttention
-from titans_pretrain.model.neural_memory import NeuralMemory
+from titans_pretrain.model.neural_memory import NeuralMemory, TokenSignals
 from titans_pretrain.model.recurrence import RecurrentBlock, RecurrentHybridBlock
 from titans_pretrain.model.rmt import RMTBlock, SegmentRecurrence
 from titans_pretrain.model.sequence import LocalSequence
@@ -30,6 +30,23 @@ class ModelState(NamedTuple):
     """One state per block; of variant rmt one for all of them."""
     row_positions: Tensor | None = None
     """int64 [b]: tokens consumed by each row, where rows differ; see model/rows.py."""
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of memory that the tensors of a state keep alive: each storage once and whole, so a small view of a large
+    tensor counts as the large one."""
+    storages: dict[int, int] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, (tuple, list)):
+            for item in part:
+                visit(item)
+
+    visit(state)
+    return sum(storages.values())
 
 
 def build_block(config: ModelConfig, sequence: LocalSequence) -> Block | RMTBlock:
@@ -182,6 +199,22 @@ class Titans(nn.Module):
         """Scalars of the last forward on this rank, named block_N/NAME; none for models without memory."""
         return {f"block_{i}/{name}": value for i, memory in self._memories() for name, value in memory.signals.items()}
 
+    @torch.no_grad()
+    def observe(
+        self, tokens: Tensor, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState, dict[int, TokenSignals]]:
+        """`hidden`, and by block number what each memory made of every token; empty for models without memory."""
+        memories = self._memories()
+        for _, memory in memories:
+            memory.collect_tokens = True
+        try:
+            hidden, state = self.hidden(tokens, state)
+            found = {i: _join(memory.token_signals) for i, memory in memories}
+        finally:
+            for _, memory in memories:
+                memory.collect_tokens, memory.token_signals = False, []
+        return hidden, state, found
+
     def _memories(self) -> list[tuple[int, NeuralMemory]]:
         found = []
         for i, block in enumerate(self.blocks):
@@ -197,3 +230,9 @@ class Titans(nn.Module):
     def _rotary_of_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The table of one token a row, the rows at `positions` [b]."""
         return rotary_table(positions[:, None], self.config.head_dim, self.config.rope_theta)
+
+
+def _join(parts: list[TokenSignals]) -> TokenSignals:
+    """One after another in time: MAC's memory sees a segment at a time."""
+    fields = zip(*parts, strict=True)
+    return TokenSignals(*(None if xs[0] is None else torch.cat(xs, dim=1) for xs in fields))  # type: ignore[arg-type]
