@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.model.tiny import VOCAB, random_tokens, tiny_model
-from titans_pretrain.inference.generate import state_bytes
 from titans_pretrain.model import Titans
 from titans_pretrain.model.layers import IGNORED_LABEL, rotary_table, rotate
 from titans_pretrain.model.rmt import visible_places
+from titans_pretrain.model.titans import state_bytes
 
 MEMORY, SEGMENT = 3, 20
 
@@ -109,16 +109,16 @@ def test_gradients_flow_through_all_segments(recompute: bool) -> None:
 
 
 def loss_after_learning_to_recall(seed: int, detached: bool) -> float:
-    """The first of 24 tokens, of four kinds, is the label of the last, two segments later; between them is nothing."""
+    """The first of 24 tokens, of eight kinds, is the label of the last, two segments later; between them is nothing."""
     model = tiny_model("rmt", seed, num_memory_tokens=4, segment_len=8)
     if detached:
         model.segments.memory_norm.register_forward_hook(lambda module, inputs, memory: memory.detach())  # type: ignore[union-attr]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(50):
-        tokens = torch.full((32, 24), 4)
-        tokens[:, 0] = torch.randint(4, (32,), generator=generator)
+    for _ in range(60):
+        tokens = torch.full((32, 24), 8)
+        tokens[:, 0] = torch.randint(8, (32,), generator=generator)
         labels = torch.full_like(tokens, IGNORED_LABEL)
         labels[:, -1] = tokens[:, 0]
         loss = model(tokens, labels) / 32
@@ -130,10 +130,9 @@ def loss_after_learning_to_recall(seed: int, detached: bool) -> float:
 
 
 def test_training_finds_what_to_remember_and_not_without_the_gradient_through_segments() -> None:
-    """Of chance's 1.39 nats; the better of two seeds, as one in five takes longer."""
-    with_gradient, without = (min(loss_after_learning_to_recall(seed, cut) for seed in (3, 4)) for cut in (False, True))
-    assert with_gradient < 0.3
-    assert without > 1.0
+    """Of chance's 2.08 nats."""
+    assert loss_after_learning_to_recall(0, detached=False) < 0.5  # two seeds of five come as far in as many steps
+    assert loss_after_learning_to_recall(0, detached=True) > 1.7
 
 
 @torch.no_grad()
