@@ -27,9 +27,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from titans_pretrain.data.atomic import atomic_file
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.inference.export import Export, load_export, read_info
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.model import Titans
 from titans_pretrain.model.neural_memory import TokenSignals
 from tools.generate import choose_device, read_text
