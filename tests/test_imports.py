@@ -29,11 +29,13 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 # Sibling packages that may meet on one level: (who, whom). Everything else on one level is apart.
 SIBLINGS = {
     ("titans_pretrain.parallel", "titans_pretrain.model"),  # parallel/ splits a built model
+    ("tools", "launch"),  # a study launches its runs
 }
 
 # Who may load which heavy dependency.
 OWNERS = {
     "deepspeed": ["titans_pretrain.train.engine"],
+    "fla": ["titans_pretrain.model.delta_rule", "tools.benchmark_operators"],
     "webdataset": ["titans_pretrain.data", "tools.benchmark_data"],
     "boto3": ["titans_pretrain.data"],
     "botocore": ["titans_pretrain.data"],

@@ -64,6 +64,10 @@ def test_data_takes_the_ranks_that_sequence_and_tensor_leave() -> None:
         ),
         (["parallel.sequence=4", "model.variant=transformer"], ["full attention", "model.num_heads (6)"]),
         (
+            ["parallel.sequence=2", "model.variant=rmt", "model.segment_len=16"],
+            ["parallel.sequence (2)", "model.variant=rmt", "parallel.sequence=1"],
+        ),
+        (
             ["parallel.sequence=2", "parallel.memory=hand_off", "engine.zero_stage=3"],
             ["parallel.memory=hand_off", "engine.zero_stage=3", "engine.zero_stage=1", "head_exchange"],
         ),
@@ -87,6 +91,15 @@ def test_data_takes_the_ranks_that_sequence_and_tensor_leave() -> None:
             ["parallel.sequence=2", "data.reset_at_documents=true", "model.num_heads=4"],
             ["data.reset_at_documents=true", "parallel.sequence (2)", "parallel.sequence=1"],
         ),
+        (
+            ["parallel.sequence=2", "model.variant=gated_deltanet", "parallel.memory=chunk_scan"],
+            ["parallel.memory=chunk_scan", "model.variant=gated_deltanet", "head_exchange", "hand_off"],
+        ),
+        (
+            ["parallel.sequence=2", "model.variant=linear_attention", "model.memory_heads=1"],
+            ["model.memory_heads (1)", "parallel.memory=hand_off"],
+        ),
+        (["parallel.tensor=2", "model.variant=gated_deltanet_swa", "model.memory_heads=1"], ["model.memory_heads (1)"]),
         (["parallel.tensor=2", "model.compile=true"], ["model.compile=true", "parallel.tensor (2)"]),
     ],
 )
@@ -100,10 +113,13 @@ def test_what_cannot_work_is_refused(overrides: list[str], parts: list[str]) -> 
     [
         ["parallel.tensor=2", "parallel.sequence=2", "parallel.memory=hand_off"],
         ["parallel.sequence=2", "parallel.tensor=2", "model.variant=sliding_window"],
+        ["parallel.tensor=2", "model.variant=rmt", "model.segment_len=16"],
         ["parallel.sequence=4", "parallel.memory=chunk_scan", "model.memory_chunk=32"],
         ["parallel.sequence=4", "model.variant=mac", "model.segment_len=16"],
         ["parallel.tensor=2", "model.variant=lmm", "model.num_heads=1", "model.memory_heads=2"],
         ["parallel.tensor=2", "data.reset_at_documents=true"],
+        ["parallel.sequence=4", "model.variant=gated_deltanet", "parallel.memory=hand_off"],
+        ["parallel.tensor=2", "model.variant=linear_attention", "model.num_heads=1", "model.memory_heads=2"],
     ],
 )
 def test_what_works_is_allowed(overrides: list[str]) -> None:

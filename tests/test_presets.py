@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from titans_pretrain.config import VARIANTS, Config, load_config
+from titans_pretrain.config import RECURRENT_VARIANTS, VARIANTS, Config, load_config
 from titans_pretrain.layout import choose_layout
 from titans_pretrain.model.cost import parameter_counts
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+MATCHED = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("matched/*.yaml"))
 
 # size: blocks, dim, heads, peak learning rate, tokens (method: the paper's appendix)
 PAPER = {
@@ -32,24 +33,51 @@ def load(name: str) -> Config:
 
 
 @functools.cache
+def parameters(name: str, vocab_size: int) -> dict[str, int]:
+    return parameter_counts(dataclasses.replace(load(name).model, vocab_size=vocab_size))
+
+
 def total_parameters(name: str, vocab_size: int) -> int:
-    return parameter_counts(dataclasses.replace(load(name).model, vocab_size=vocab_size))["total"]
+    return parameters(name, vocab_size)["total"]
 
 
 def test_every_promised_file_is_there() -> None:
-    assert set(FILES) == {*SIZED, "demo.yaml", "paper_literal.yaml", "mac_340m_chunk16.yaml"}
+    names, sizes = ("ttt_linear", "ttt_mlp", "lmm_h3", "mal_h3"), ("170m", "340m", "760m")
+    baselines = {f"{name}_{size}.yaml" for name in names for size in sizes}
+    assert set(FILES) == {*SIZED, *baselines, "demo.yaml", "paper_literal.yaml", "mac_340m_chunk16.yaml"}
+    variants = ("mac", "mag", "mal", "lmm", "sliding_window")
+    assert set(MATCHED) == {f"matched/{variant}_{size}.yaml" for variant in variants for size in sizes}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [*MATCHED, *(name for name in SIZED if name.startswith(tuple(f"{v}_" for v in RECURRENT_VARIANTS)))]
+)
+def test_the_size_of_the_transformer(name: str) -> None:
+    """Comparisons at equal size: of the parameters that compute, the embedding and the head left out."""
+    transformer = f"transformer_{name.removesuffix('.yaml').rsplit('_', 1)[1]}.yaml"
+    found, wanted = (parameters(n, 32000)["non_embedding"] for n in (name, transformer))
+    assert found == pytest.approx(wanted, rel=0.03)
+    first = (FOLDER / name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.endswith(f"{found / 1e6:.1f}M of them non-embedding (Transformer {wanted / 1e6:.1f}M).")
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_a_matched_model_is_the_papers_but_for_its_feed_forward(name: str) -> None:
+    ours, papers = load(name), load(name.removeprefix("matched/"))
+    same = dataclasses.replace(ours.model, hidden_dim=papers.model.hidden_dim)
+    assert dataclasses.replace(ours, model=same, run=papers.run) == papers
+
+
+@pytest.mark.parametrize("name", [*FILES, *MATCHED])
 def test_config_loads_and_fits_one_to_eight_gpus(name: str) -> None:
     config = load(name)
     for world_size in (1, 2) if name == "demo.yaml" else (1, 2, 4, 8, 16, 32, 64, 128):
         choose_layout(config, world_size)
     assert config.data.path
-    assert config.run.name == name.removesuffix(".yaml")
+    assert config.run.name == name.removesuffix(".yaml").replace("/", "_")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *MATCHED])
 def test_comment_states_the_parameters(name: str) -> None:
     first, second = (FOLDER / name).read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith("# ")
@@ -107,7 +135,7 @@ def test_the_two_special_presets_differ_only_where_they_say() -> None:
     )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *MATCHED])
 def test_file_says_nothing_twice(name: str) -> None:
     """A preset lists its shape and recipe, and otherwise only what differs from the defaults."""
     tree = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))

@@ -27,7 +27,15 @@ import yaml
 from titans_pretrain.errors import UserError
 
 TITANS_VARIANTS = ("mac", "mag", "mal", "lmm")
-BASELINE_VARIANTS = ("transformer", "sliding_window")
+BASELINE_VARIANTS = (
+    "transformer",
+    "sliding_window",
+    "gated_deltanet",
+    "gated_deltanet_swa",
+    "linear_attention",
+    "rmt",
+)
+RECURRENT_VARIANTS = ("gated_deltanet", "gated_deltanet_swa", "linear_attention")
 VARIANTS = TITANS_VARIANTS + BASELINE_VARIANTS
 
 
@@ -42,8 +50,9 @@ class ModelConfig:
 
     variant: str = one_of("mag", *VARIANTS)
     """Architecture: memory as context (mac), as gate (mag), as layer (mal), alone (lmm), or a baseline: full causal
-    attention (transformer, Llama-like) or attention over a window (sliding_window). Default mag: the steadiest
-    hybrid in the paper's tables."""
+    attention (transformer, Llama-like), attention over a window (sliding_window), Gated DeltaNet alone (gated_deltanet) or
+    followed in each block by attention over a window (gated_deltanet_swa), linear attention (linear_attention), or attention
+    within segments that hand memory tokens on (rmt). Default mag: the steadiest hybrid in the paper's tables."""
     num_layers: int = 12
     """Blocks. Default: the paper's 170M model."""
     dim: int = 768
@@ -62,22 +71,31 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies. Default: Llama's."""
     window: int = 2048
-    """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window). Default: the paper's."""
+    """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window, gated_deltanet_swa). Default: the
+    paper's."""
     segment_len: int = 512
-    """Tokens per MAC segment, the unit of its attention. Default: the paper's."""
+    """Tokens per segment, the unit of attention (mac, rmt). Default: the paper's, of MAC."""
     retrieve_every: int = 1
     """MAC keeps every n-th retrieved memory token as attention context. Default 1: all; the paper's appendix keeps
     256 of 512, which is 2."""
     num_persistent: int = 128
     """Learned tokens per block that do not depend on the input. Default: the paper's."""
+    num_memory_tokens: int = 16
+    """Vectors that a segment of rmt hands to the next. Default 16: its paper uses 5 to 25 and finds little gain above 10; with
+    the default segment_len, 16 keeps a segment's input at a multiple of 32 places, as GPU kernels like it."""
     gate_activation: str = one_of("sigmoid", "sigmoid", "silu", "tanh")
     """MAG: nonlinearity on the memory branch before it multiplies the attention branch. Default sigmoid: bounded, it
     cannot blow up the residual stream."""
     mal_residual: bool = True
     """MAL: give the memory sublayer a residual of its own before attention reads it. Default true: a stacked layer of a
     pre-norm network; false is the bare composition attention(memory(x))."""
+    arrangement: str = one_of("llama", "llama", "h3")
+    """What stands around the memory of lmm and mal. llama: convolutions and SiLU on q, k and v, a gate on the read. h3: the
+    layer of H3 (arXiv 2212.14052), `q * memory(shift(k), shift(k) * v)`: the convolution on the key alone, two products for
+    gates, no SiLU. Default llama: mac and mag share it, and it is what the trials of method.md ran."""
     memory_heads: int = 0
-    """Heads of the memory; its head_dim = dim / memory_heads. 0: num_heads."""
+    """Heads of the memory, or of the recurrence of gated_deltanet, gated_deltanet_swa and linear_attention; its head_dim =
+    dim / memory_heads. Such a recurrence carries head_dim numbers for each of dim channels. 0: num_heads."""
     memory_depth: int = 2
     """Weight matrices in each head's memory network, 1 (linear) to 4. Default: the paper's."""
     memory_expansion: float = 4.0
@@ -112,8 +130,8 @@ class ModelConfig:
     """Initial bias of alpha's gate, a logit. Default -6: 0.25 % forgotten per token; faster forgetting is chaotic with
     the inner layer norm (method.md 1)."""
     conv_kernel: int = 4
-    """Taps of the causal depthwise convolution on the memory's q, k, v. 1: no convolution. Default: the paper's family
-    (Mamba, Gated DeltaNet)."""
+    """Taps of the causal depthwise convolution on the q, k, v of the memory (arrangement h3: on k alone) or recurrence. 1: no
+    convolution. Default: the paper's family (Mamba, Gated DeltaNet)."""
     compile: bool = False
     """Run the blocks of the training forward through torch.compile. Speed only: not part of the model, checkpoints and
     exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there."""
@@ -162,13 +180,23 @@ class ModelConfig:
         return self.variant in TITANS_VARIANTS
 
     @property
+    def has_recurrence(self) -> bool:
+        """A baseline whose state passes from token to token as the memory's does."""
+        return self.variant in RECURRENT_VARIANTS
+
+    @property
+    def carries_state(self) -> bool:
+        """Something passes from every token to all later ones: parallel.memory says how ranks that share a row do that."""
+        return self.has_memory or self.has_recurrence
+
+    @property
     def has_attention(self) -> bool:
-        return self.variant != "lmm"
+        return self.variant not in ("lmm", "gated_deltanet", "linear_attention")
 
     @property
     def document_grid_key(self) -> str:
         """The key that says where in a row a document may begin; empty: anywhere."""
-        if self.variant == "mac":  # every segment begins a chunk
+        if self.variant in ("mac", "rmt"):  # every segment begins a chunk; the memory of a segment is one document's
             return "model.segment_len"
         return "model.memory_chunk" if self.has_memory else ""
 
@@ -314,7 +342,8 @@ class ParallelConfig:
     """How the memory's scan is shared where `sequence` is above 1. head_exchange: each rank scans all tokens for its share
     of the heads. hand_off: each rank scans its own tokens and passes the state on; ranks work on different layers at one
     time. chunk_scan: ranks share one long chunk (model.memory_chunk a multiple of a rank's tokens) and merge their updates.
-    Default auto: hand_off for mac, else head_exchange."""
+    The recurrences of gated_deltanet, gated_deltanet_swa and linear_attention go by one of the first two. Default auto:
+    hand_off for mac, else head_exchange."""
     check_interval: int = 500
     """Steps between checks that parameters which must be equal on several ranks are, bit for bit; a difference stops the
     run. 0: never. Default 500: once in hundreds of steps costs nothing."""
@@ -750,12 +779,14 @@ def check(config: Config) -> None:
     _check_sources(config.data)
     _check_batch(config)
     _check_documents(config)
+    _check_rmt(config)
     _check_compile(config)
 
 
 def _check_ranges(config: Config) -> None:
     positive = (
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
+        "model.num_memory_tokens "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
         "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens eval.needle_samples "
@@ -806,10 +837,15 @@ def _check_model(model: ModelConfig) -> None:
     for key, heads in (("num_heads", model.num_heads), ("memory_heads", model.resolved_memory_heads)):
         if model.dim % heads:
             raise UserError(f"model.dim ({model.dim}) must be a multiple of model.{key} ({heads})")
-    if model.head_dim % 2 and model.variant != "lmm":
+    if model.head_dim % 2 and model.has_attention:
         raise UserError(
             f"model.dim ({model.dim}) / model.num_heads ({model.num_heads}) is {model.head_dim}, "
             "but rotary positions need an even head_dim; change model.num_heads"
+        )
+    if model.arrangement == "h3" and model.variant not in ("lmm", "mal"):
+        raise UserError(
+            "model.arrangement=h3 puts the memory in the place of a state-space layer, as a layer of model.variant lmm or mal; "
+            f"{model.variant} has no such layer: set model.arrangement=llama or another variant"
         )
     if model.memory_depth > 4:
         raise UserError(f"model.memory_depth must be 1 to 4, not {model.memory_depth}")
@@ -915,6 +951,15 @@ def _check_documents(config: Config) -> None:
         raise UserError(
             f"eval.length_multiples ({list(config.eval.length_multiples)}) above 1 does not go with "
             "data.reset_at_documents=true: no document is longer than data.seq_len there; set eval.length_multiples=[1]"
+        )
+
+
+def _check_rmt(config: Config) -> None:
+    model, seq_len = config.model, config.data.seq_len
+    if model.variant == "rmt" and model.segment_len >= seq_len:
+        raise UserError(
+            f"model.segment_len ({model.segment_len}) is not below data.seq_len ({seq_len}), so no segment would ever read "
+            "what another wrote and rmt would not learn to; lower model.segment_len or raise data.seq_len"
         )
 
 

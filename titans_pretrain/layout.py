@@ -39,7 +39,8 @@ def describe(config: Config, layout: Layout) -> str:
         words.append(f"{layout.sequence} sequence")
     if layout.tensor > 1:
         words.append(f"{layout.tensor} tensor")
-    shared = f", memory by {memory_strategy(config)}" if layout.sequence > 1 and config.model.has_memory else ""
+    what = "recurrence" if config.model.has_recurrence else "memory"
+    shared = f", {what} by {memory_strategy(config)}" if layout.sequence > 1 and config.model.carries_state else ""
     return f"{' x '.join(words)} rank{'s' if layout.world_size > 1 else ''}{shared}"
 
 
@@ -116,7 +117,7 @@ def _check_tensor(config: Config, layout: Layout) -> None:
     parts = [("model.hidden_dim", model.resolved_hidden_dim)]
     if model.has_attention:
         parts.append(("model.num_heads", model.num_heads))
-    if model.has_memory:
+    if model.carries_state:
         parts.append(("model.memory_heads", model.resolved_memory_heads))
     for name, count in parts:
         if count % size:
@@ -136,6 +137,11 @@ def _check_documents(config: Config, layout: Layout) -> None:
 
 def _check_sequence(config: Config, layout: Layout) -> None:
     model, size = config.model, layout.sequence
+    if model.variant == "rmt":
+        raise UserError(
+            f"parallel.sequence ({size}) above 1 does not go with model.variant=rmt, whose segments follow each other through "
+            "the whole stack of blocks, so that one rank would wait for the other; use parallel.sequence=1"
+        )
     if config.data.seq_len % size:
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) does not divide over parallel.sequence ({size}); use "
@@ -143,9 +149,14 @@ def _check_sequence(config: Config, layout: Layout) -> None:
         )
     if model.variant == "transformer":
         _check_heads(config, layout, "full attention exchanges", "model.num_heads", model.num_heads, "")
-    if not model.has_memory:
+    if not model.carries_state:
         return
     strategy = memory_strategy(config)
+    if model.has_recurrence and strategy == "chunk_scan":
+        raise UserError(
+            "parallel.memory=chunk_scan spreads a gradient chunk of the neural memory, and "
+            f"model.variant={model.variant} has none; use parallel.memory=head_exchange or hand_off"
+        )
     shard = config.data.seq_len // size
     if model.variant == "mac" and strategy != "hand_off":
         raise UserError(

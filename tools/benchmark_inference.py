@@ -143,7 +143,9 @@ def config_of(path: Path, vocab_size: int) -> ModelConfig:
 
 def transformer_like(config: ModelConfig) -> ModelConfig:
     """Transformer++ with the parameters of `config`, to a feed-forward unit in each layer."""
-    base = dataclasses.replace(config, variant="transformer", hidden_dim=config.resolved_hidden_dim)
+    base = dataclasses.replace(
+        config, variant="transformer", arrangement="llama", hidden_dim=config.resolved_hidden_dim
+    )
     missing = parameter_counts(config)["total"] - parameter_counts(base)["total"]
     hidden = base.hidden_dim + round(missing / (3 * config.dim * config.num_layers))
     return dataclasses.replace(base, hidden_dim=max(1, hidden))

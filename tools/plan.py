@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = make_plan(config, layout, args.device)
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.seq_len)
-    print(f"{config.model.variant}, {counts['total'] / 1e6:.2f} M parameters ({_groups(counts)})")
+    print(
+        f"{config.model.variant}, {counts['total'] / 1e6:.2f} M parameters ({_groups(counts)}), "
+        f"{counts['non_embedding'] / 1e6:.2f} M non-embedding"
+    )
     print(
         f"{flops / 1e9:.3f} GFLOP a token, {flops * config.data.batch_tokens / world_size / 1e12:,.1f} TFLOP a step and GPU; "
         f"ZeRO stage {config.engine.zero_stage}, {config.engine.precision}, "

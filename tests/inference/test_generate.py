@@ -111,8 +111,9 @@ def live_tensors() -> int:
 @pytest.mark.parametrize(
     ("variant", "length"),
     [
-        *((v, 1024) for v in ("mac", "mag", "mal", "sliding_window")),
+        *((v, 1024) for v in ("mac", "mag", "mal", "sliding_window", "rmt")),
         ("lmm", 4096),
+        *((v, 1024) for v in ("gated_deltanet", "gated_deltanet_swa", "linear_attention")),
     ],
 )
 def test_tokens_far_past_the_training_length_need_constant_memory(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop, bmm_flop
 
 from tests.model.tiny import tiny_config
 from titans_pretrain.config import VARIANTS, ModelConfig
@@ -44,10 +45,16 @@ def rerun(*arguments: Any) -> None:
     operator._forward(*arguments[: operator._NUM_INPUTS + operator._NUM_SETTINGS], False, False)
 
 
+def flat(shape: torch.Size) -> tuple[int, int, int]:
+    """Of matrices in any number of dimensions, a batch in one."""
+    return math.prod(shape[:-2]), *shape[-2:]
+
+
 IN_PLACE = {torch.ops.aten.baddbmm_: lambda total, a, b, out_shape=None, **_: baddbmm_flop(total, a, b)}
 """The counter knows only the one that is not in place."""
 UNKNOWN = {
     **IN_PLACE,
+    torch.ops.aten.linalg_solve_triangular: lambda a, b, out_shape=None, **_: bmm_flop(flat(a), flat(b)),
     torch.ops.titans_pretrain.memory_scan: inside(operator._forward),
     torch.ops.titans_pretrain.memory_scan_backward: inside(operator._backward, rerun),
 }
@@ -75,6 +82,15 @@ def test_parameter_counts_equal_the_model(variant: str, tied: bool) -> None:
     ],
 )
 def test_flops_equal_the_counter(variant: str, changes: dict) -> None:
+    assert_flops_equal_the_counter(variant, changes)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mal"])
+def test_flops_equal_the_counter_in_the_h3_arrangement(variant: str) -> None:
+    assert_flops_equal_the_counter(variant, dict(arrangement="h3"))
+
+
+def assert_flops_equal_the_counter(variant: str, changes: dict) -> None:
     config = ModelConfig(variant=variant, **{**SHAPE, **changes})
     model = Titans(config)
     initialize(model, 0)

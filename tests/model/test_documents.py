@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from tests.model.test_titans import OPTIONS
 from tests.model.tiny import VOCAB, random_tokens, tiny_config, tiny_model
-from titans_pretrain.config import VARIANTS
+from titans_pretrain.config import BASELINE_VARIANTS, VARIANTS
 from titans_pretrain.model import Titans, attention_scores
 from titans_pretrain.model.documents import extend_pieces, find_documents
 from titans_pretrain.model.layers import IGNORED_LABEL
@@ -55,8 +55,10 @@ def gradients(model: Titans) -> dict[str, Tensor]:
     ("variant", "changes"),
     [
         *((variant, changes) for variant in ("mac", "mag") for changes in OPTIONS.values()),
-        *((variant, {}) for variant in ("mal", "lmm", "sliding_window", "transformer")),
+        *((variant, {}) for variant in ("mal", "lmm", *BASELINE_VARIANTS)),
+        ("gated_deltanet", dict(conv_kernel=1, memory_heads=1)),
         ("mal", dict(num_persistent=1, window=3)),
+        ("lmm", dict(arrangement="h3")),
         ("lmm", dict(memory_chunk=1, conv_kernel=5, num_persistent=2)),
         ("lmm", dict(memory_forget_toward="zero", num_persistent=2)),
         ("mac", dict(segment_len=8, memory_chunk=6, conv_kernel=5)),
@@ -125,7 +127,7 @@ def test_recomputed_blocks_change_nothing(variant: str) -> None:
         assert torch.equal(x, plain[name]), name
 
 
-@pytest.mark.parametrize("variant", ["lmm", "transformer"])
+@pytest.mark.parametrize("variant", ["lmm", "transformer", "gated_deltanet_swa"])
 def test_compiled_blocks_change_nothing(variant: str) -> None:
     torch._dynamo.reset()
     counters.clear()

@@ -1,9 +1,9 @@
 """How does a model continue sequences of tokens, one at a time, from its recurrent state and nothing else?
 
-The prefix is never run again. For the Titans variants and the sliding-window baseline the state has a fixed upper size: the
-memory's weights and momentum, the convolutions' last inputs, and at most a window (mag, mal, sliding_window) or a segment
-(mac) of keys and values. Only the full-attention baseline (transformer) keeps keys and values of every token: its state, and
-the time of a token, grow with the length.
+The prefix is never run again. For all variants but one the state has a fixed upper size: the memory's weights and momentum,
+the convolutions' last inputs, and at most a window (mag, mal, sliding_window) or a segment (mac, rmt) of keys and values.
+Only the full-attention baseline (transformer) keeps keys and values of every token: its state, and the time of a token, grow
+with the length.
 
 Several sequences are written together, one forward a token for all of them, wherever each of them stands (`Decoding`).
 """

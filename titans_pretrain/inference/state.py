@@ -25,6 +25,8 @@ from titans_pretrain.memory import MemoryState
 from titans_pretrain.model.attention import AttentionState
 from titans_pretrain.model.blocks import HybridState, MACState
 from titans_pretrain.model.neural_memory import MemoryLayerState
+from titans_pretrain.model.recurrence import RecurrenceState, RecurrentHybridState
+from titans_pretrain.model.rmt import RMTState
 from titans_pretrain.model.rows import row_positions
 from titans_pretrain.model.titans import ModelState, Titans
 
@@ -35,7 +37,10 @@ SAMPLED = 4096
 
 _KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Reading, ModelState, HybridState, MemoryLayerState, MemoryState, AttentionState, MACState)
+    for kind in (
+        *(Reading, ModelState, HybridState, MemoryLayerState, MemoryState, AttentionState, MACState),
+        *(RecurrenceState, RecurrentHybridState, RMTState),
+    )
 }
 
 

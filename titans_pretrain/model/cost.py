@@ -11,9 +11,13 @@ import torch
 
 from titans_pretrain.config import ModelConfig
 from titans_pretrain.memory import tile_length
+from titans_pretrain.model.chunks import CHUNK
 from titans_pretrain.model.titans import Titans
 
-GROUPS = ("embedding", "head", "attention", "memory", "feed_forward", "persistent", "norm")
+GROUPS = (
+    *("embedding", "head", "attention", "memory", "recurrence", "feed_forward"),
+    *("persistent", "memory_tokens", "norm"),
+)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -48,15 +52,33 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     """Operations of the forward pass per token, by group."""
+    if config.variant == "rmt":
+        return _rmt_flops(config, seq_len)
     flops = {
         "head": 2.0 * config.dim * config.vocab_size,
         "feed_forward": config.num_layers * 6.0 * config.dim * config.resolved_hidden_dim,
     }
-    if config.variant != "lmm":
+    if config.has_attention:
         flops["attention"] = config.num_layers * (8.0 * config.dim**2 + _score_flops(config, seq_len))
     if config.has_memory:
         flops["memory"] = config.num_layers * _memory_flops(config, seq_len)
+    if config.has_recurrence:
+        flops["recurrence"] = config.num_layers * _recurrence_flops(config, seq_len)
     return flops
+
+
+def _rmt_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """RMT's: every segment is longer by the memory that it reads and, but for the last, writes."""
+    segments = _pieces(seq_len, config.segment_len)
+    inputs = [n + 2 * config.num_memory_tokens for n in segments]
+    inputs[-1] -= config.num_memory_tokens
+    places = sum(inputs) / seq_len
+    scores = 4.0 * config.dim * sum(n * n for n in inputs) / seq_len
+    return {
+        "head": 2.0 * config.dim * config.vocab_size,
+        "feed_forward": config.num_layers * 6.0 * config.dim * config.resolved_hidden_dim * places,
+        "attention": config.num_layers * (8.0 * config.dim**2 * places + scores),
+    }
 
 
 def _score_flops(config: ModelConfig, seq_len: int) -> float:
@@ -81,7 +103,8 @@ def _memory_flops(config: ModelConfig, seq_len: int) -> float:
     dim, heads = config.dim, config.resolved_memory_heads
     kinds = 1 + config.memory_momentum + config.memory_forgetting
     gates = kinds * heads * (config.memory_depth if config.memory_per_layer_gates else 1)
-    flops = 2.0 * dim * (5 * dim + gates) + 3 * 2.0 * config.conv_kernel * dim
+    h3 = config.arrangement == "h3"  # one convolution, and the query is the gate
+    flops = 2.0 * dim * ((4 if h3 else 5) * dim + gates) + (1 if h3 else 3) * 2.0 * config.conv_kernel * dim
     widths = config.memory_shapes
     if config.variant == "mac":
         read = 2.0 * heads * sum(a * b for a, b in widths) + 2.0 * 4 * dim**2  # the way out, then attention's k and v
@@ -96,6 +119,21 @@ def _memory_flops(config: ModelConfig, seq_len: int) -> float:
             for tile in _pieces(chunk, tile_length(config.memory_chunk)):
                 scanned += heads * scan_tile_flops(config, widths, tile)
     return flops + scanned / seq_len
+
+
+def _recurrence_flops(config: ModelConfig, seq_len: int) -> float:
+    """One recurrence per token: its projections, convolutions, gates, and the products of its chunks."""
+    dim, heads, width = config.dim, config.resolved_memory_heads, config.memory_head_dim
+    chunk = min(CHUNK, seq_len)
+    per_token = -(-seq_len // chunk) * chunk / seq_len  # the last chunk is filled up
+    convolutions = 3 * 2.0 * config.conv_kernel * dim
+    if config.variant == "linear_attention":
+        inside, state = chunk * (2 * width + 1), 2 * width * (width + 1)
+        return 8.0 * dim**2 + convolutions + 2.0 * heads * (inside + state) * per_token
+    # Keys and queries with keys, the update's product, and the solution for values and keys, counted as the product with the
+    # inverse of the system.
+    inside, state = chunk * 5 * width, 3 * width**2
+    return 10.0 * dim**2 + 4.0 * dim * heads + convolutions + 2.0 * heads * (inside + state) * per_token
 
 
 def scan_tile_flops(config: ModelConfig, widths: list[tuple[int, int]], tile: int) -> float:

@@ -17,7 +17,8 @@ from titans_pretrain.model.titans import Titans
 
 
 class Rule(NamedTuple):
-    """How a parameter starts. kind: `normal` (std = scale), `fan_in` (std = scale / sqrt(inputs)), `constant`."""
+    """How a parameter starts. kind: `normal` (std = scale), `fan_in` (std = scale / sqrt(inputs)), `constant`, `log_rate` (the
+    logarithm of a number uniform in 0 to scale), `time_step` (softplus of it is log-uniform in 0.001 to scale)."""
 
     kind: str
     scale: float
@@ -34,6 +35,7 @@ def rule_for(name: str, config: ModelConfig) -> Rule:
     table = {
         "embedding.weight": Rule("normal", config.dim**-0.5, decay=True),
         "head.weight": Rule("fan_in", 1.0, decay=True),
+        "memory_tokens.weight": Rule("normal", 1.0),  # as those written later, which a norm gives unit variance
         "persistent": Rule("normal", 1.0),  # joins after a norm, where tokens have unit variance
         "theta_gate.bias": Rule("constant", config.memory_theta_bias),
         "eta_gate.bias": Rule("constant", config.memory_eta_bias),
@@ -42,6 +44,11 @@ def rule_for(name: str, config: ModelConfig) -> Rule:
         "theta_gate.weight": Rule("normal", 0.02),
         "eta_gate.weight": Rule("normal", 0.02),
         "alpha_gate.weight": Rule("normal", 0.02),
+        # Gated DeltaNet's decays, as the public model draws them (Mamba 2): half-lives of one to thousands of tokens.
+        "recurrence.log_rate": Rule("log_rate", 16.0),
+        "recurrence.decay_gate.bias": Rule("time_step", 0.1),
+        "recurrence.decay_gate.weight": Rule("normal", 0.02),
+        "recurrence.write_gate.weight": Rule("normal", 0.02),
         "query_conv.weight": Rule("fan_in", 1.0),
         "key_conv.weight": Rule("fan_in", 1.0),
         "value_conv.weight": Rule("fan_in", 1.0),
@@ -80,6 +87,12 @@ def draw(name: str, parameter: nn.Parameter, config: ModelConfig, seed: int) -> 
         return torch.full(parameter.shape, rule.scale)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    if rule.kind in ("log_rate", "time_step"):
+        share = torch.rand(parameter.shape, generator=generator)
+        if rule.kind == "log_rate":
+            return (share * rule.scale).clamp(min=1e-4).log()
+        step = torch.exp(math.log(1e-3) + share * math.log(rule.scale / 1e-3))
+        return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
     # nn.Linear keeps [out, in]; the memory's weights act on the right, [h, in, out]; a convolution has its taps last.
     inputs = parameter.shape[-2] if ".initial_weights." in name else parameter.shape[-1]
     std = rule.scale if rule.kind == "normal" else rule.scale / math.sqrt(inputs)

@@ -51,6 +51,12 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x over its length in the last dimension; computed in fp32 or wider, returned in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
+
+
 class CausalConv(nn.Module):
     """Causal depthwise convolution over time. weight: [c, k], the last tap on the current token."""
 

@@ -6,6 +6,7 @@ the model does not know which it holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +57,21 @@ class LocalSequence:
     def memory_scan(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """See titans_pretrain.memory.memory_scan."""
         return memory_scan(*args, **kwargs)
+
+    def recurrence(
+        self,
+        scan: Callable[..., tuple[Tensor, Tensor]],
+        per_token: Sequence[Tensor],
+        state: Tensor,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`scan(*per_token, state, starts)` -> what it reads, [b, t, h, d], and the state after the last token here.
+
+        per_token: tensors [b, t, h, ...] with what each head takes of each token; a head does not see the others.
+        state: [b, h, ...] before the sequence.
+        starts: bool [b, t], the tokens that begin a document.
+        """
+        return scan(*per_token, state, starts)
 
     def memory_before(self, start: Any) -> Any:
         """A MAC block's neural_memory.MemoryLayerState before its first segment here; `start` where the sequence begins."""

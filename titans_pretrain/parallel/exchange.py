@@ -8,7 +8,7 @@ Shapes: b batch, t tokens of this rank, P ranks, T = P * t, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,16 @@ def scan_by_heads(axis: Axis, call: ScanCall, return_signals: bool) -> ScanRetur
     whole = (*per_token, initial_weights, *norm, state, call.options)
     out, *rest = memory_scan(*whole, return_signals=return_signals)  # type: ignore[call-overload]
     return to_tokens(axis, [out])[0], *rest
+
+
+def recurrence_by_heads(
+    axis: Axis, scan: Callable[..., tuple[Tensor, Tensor]], per_token: Sequence[Tensor], state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scan` over all ranks' tokens; see LocalSequence.recurrence. The state is that of this rank's heads after the whole
+    sequence."""
+    own = state.chunk(axis.size, HEADS - 1)[axis.rank]
+    out, after = scan(*to_heads(axis, per_token), own, None)
+    return to_tokens(axis, [out])[0], after
 
 
 class _Exchange(torch.autograd.Function):

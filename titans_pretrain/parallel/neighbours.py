@@ -9,7 +9,7 @@ reverse, for autograd runs nodes from the last made to the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -227,6 +227,19 @@ def scan_and_hand_on(neighbours: Neighbours, call: ScanCall, return_signals: boo
     if axis.rank + 1 < axis.size:
         (out,) = send_along(neighbours, [axis.rank + 1], _handed(after, momentum), [out])
     return out, after, *signals
+
+
+def recurrence_handed_on(
+    neighbours: Neighbours, scan: Callable[..., tuple[Tensor, Tensor]], per_token: Sequence[Tensor], state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scan` of this rank's tokens from where the rank before ends; see LocalSequence.recurrence."""
+    axis = neighbours.axis
+    if axis.rank > 0:
+        (state,) = receive(neighbours, axis.rank - 1, [state])
+    out, after = scan(*per_token, state, None)
+    if axis.rank + 1 < axis.size:
+        (out,) = send_along(neighbours, [axis.rank + 1], [after], [out])
+    return out, after
 
 
 def _handed(state: MemoryState, momentum: bool) -> list[Tensor]:

@@ -83,7 +83,7 @@ class _Held:
         self.accumulation = accumulation
         self.elements = sum(sizes)
         self.weight = 4 if self.wide else 2
-        hands_off = layout.sequence > 1 and config.model.has_memory and memory_strategy(config) == "hand_off"
+        hands_off = layout.sequence > 1 and config.model.carries_state and memory_strategy(config) == "hand_off"
         bucket = self.elements if hands_off else min(500_000_000, self.elements)
         self.bucket = zero.get("reduce_bucket_size", bucket)
         # Stage 3 leaves small parameters whole, and keeps large ones gathered until a bound.

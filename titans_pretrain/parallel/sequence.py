@@ -6,7 +6,7 @@ window), an exchange of tokens for heads (full attention, `head_exchange`), the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.neural_memory import MemoryLayerState
 from titans_pretrain.model.sequence import LocalSequence
 from titans_pretrain.parallel.chunk_scan import scan_chunks_together
-from titans_pretrain.parallel.exchange import causal_attention_by_heads, scan_by_heads
+from titans_pretrain.parallel.exchange import causal_attention_by_heads, recurrence_by_heads, scan_by_heads
 from titans_pretrain.parallel.grid import Axis
 from titans_pretrain.parallel.neighbours import (
     Neighbours,
@@ -28,6 +28,7 @@ from titans_pretrain.parallel.neighbours import (
     Replaying,
     halo,
     receive_layer_state,
+    recurrence_handed_on,
     scan_and_hand_on,
     send_layer_state_along,
 )
@@ -50,6 +51,7 @@ class ShardedSequence(LocalSequence):
     def __init__(self, axis: Axis, strategy: str) -> None:
         self._axis = axis
         self._scan = STRATEGIES[strategy]
+        self._strategy = strategy
         self._neighbours = Neighbours(axis)
         self._all_here = axis.size == 1
 
@@ -130,6 +132,21 @@ class ShardedSequence(LocalSequence):
                 *call, document_starts=document_starts, fresh=fresh, return_signals=return_signals
             )
         return self._scan(self._neighbours, call, return_signals)
+
+    def recurrence(
+        self,
+        scan: Callable[..., tuple[Tensor, Tensor]],
+        per_token: Sequence[Tensor],
+        state: Tensor,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self._all_here:
+            return super().recurrence(scan, per_token, state, starts)
+        assert starts is None, "documents need the whole row on one rank"
+        if self._strategy == "hand_off":
+            return recurrence_handed_on(self._neighbours, scan, per_token, state)
+        assert self._strategy == "head_exchange", "layout.py refuses others"
+        return recurrence_by_heads(self._axis, scan, per_token, state)
 
     def memory_before(self, start: MemoryLayerState) -> MemoryLayerState:
         return start if self._all_here else receive_layer_state(self._neighbours, start)

@@ -385,7 +385,7 @@ def _size_bucket(zero: dict[str, Any], config: Config, grid: Grid, num_parameter
     Raises:
         UserError: the expert's choice would stop a hand-off.
     """
-    hands_off = grid.sequence.size > 1 and config.model.has_memory and memory_strategy(config) == "hand_off"
+    hands_off = grid.sequence.size > 1 and config.model.carries_state and memory_strategy(config) == "hand_off"
     if hands_off:
         # A full bucket is reduced in the middle of the backward pass, where this rank would wait for ranks that are layers
         # behind and wait for it. One bucket for all is reduced after the last layer.

@@ -21,6 +21,7 @@ from titans_pretrain.data.shards import ShardSet
 from titans_pretrain.data.stream import BatchLoader, MicroBatch
 from titans_pretrain.errors import UserError
 from titans_pretrain.layout import choose_layout, describe, micro_batch_rows
+from titans_pretrain.model import delta_rule
 from titans_pretrain.model.cost import flops_per_token, parameter_counts
 from titans_pretrain.model.neural_memory import describe_path
 from titans_pretrain.parallel.build import build_model
@@ -145,6 +146,11 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             report.say(f"source {source.name}: weight {source.weight:g}, {sequences}, {source.shards.path}")
     if evaluation.without:
         report.say(f"no part in the validation loss, having no validation split: {', '.join(evaluation.without)}")
+    if config.model.variant.startswith("gated_deltanet"):
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        width, documents = config.model.memory_head_dim, config.data.reset_at_documents
+        path = delta_rule.describe_path(grid.device, dtype, width, documents, config.model.compile)
+        report.say(f"delta rule: {path}")
     if config.model.has_memory:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         report.say(
