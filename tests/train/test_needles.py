@@ -29,7 +29,7 @@ from titans_pretrain.train.checkpoint import find_checkpoints, full_fp32_weights
 from titans_pretrain.train.evaluate import Evaluation
 from titans_pretrain.train.report import _board_name
 
-LENGTHS = [400, 430]
+LENGTHS = [400]
 COUNT = 5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "stage_3": dict(engine__zero_stage=3, engine__deepspeed=sharded(300)),
