@@ -45,6 +45,7 @@ OWNERS = {
     "starlette": ["tools.serve_api"],
     "uvicorn": ["tools.serve"],
     "transformers": ["titans_pretrain.inference.huggingface", "titans_pretrain.inference.verify"],
+    "scipy": ["titans_pretrain.scaling"],
     "tensorboard": ["titans_pretrain.train.report"],
     "torch.utils.tensorboard": ["titans_pretrain.train.report"],
 }

@@ -14,6 +14,7 @@ docs/scaling.md has the keys of STUDY.yaml and what is fitted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ from tools import scaling_text as text
 
 if TYPE_CHECKING:  # loads torch, which --help must not wait for
     from titans_pretrain.scaling.grid import Grid, PlannedRun
+
+NEEDED = {
+    "fit": ("scipy",),
+    "predict": ("scipy",),
+    "plot": ("scipy", "matplotlib"),
+    "all": ("scipy", "matplotlib"),
+}
+"""What the commands need of the extra `scaling`."""
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -82,6 +91,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _build_parser().parse_args(arguments)
     study = read_study(args.study)
+    _check_extra(NEEDED.get(args.command, ()))
     if args.command == "grid":
         run_grid(study, args)
     if args.command in ("launch", "all"):
@@ -94,6 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_predict(study, args)
     if args.command in ("plot", "all"):
         run_plot(study)
+
+
+def _check_extra(needed: Sequence[str]) -> None:
+    """Say before hours of training what would be missing after them."""
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'titans_pretrain[scaling]'")
 
 
 def vocab_size(study: Study) -> int:

@@ -155,6 +155,11 @@ def test_the_sweep_settles_the_rate(tmp_path: Path) -> None:
     assert len(found.swept) == 5
     write(given, found)
     assert read_rates(given)["mag"]["base"] == 3e-3
+    changed = {**json.loads((given.folder / RATES).read_text())["mag"], "base": 1e-3}
+    (given.folder / RATES).write_text(json.dumps({"mag": changed}))
+    again = collect(given, grid)
+    assert again.rates["mag"] == changed, "what is settled stays"
+    assert {point.run for point in again.points} == {"mag-l1-41k-lr0.001", "mag-l2-41k-lr0.001"}
     (given.folder / RATES).write_text('{"mag": {"base": 0.5}}')
     with pytest.raises(UserError, match=r"settles 0.5 for mag, which is not in learning_rate.sweep.values"):
         read_rates(given)

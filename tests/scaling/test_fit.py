@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import approx_fprime, minimize
 
 from tests.scaling.points import REFIT, REFIT_ERRORS, chinchilla_points, noisy
 from titans_pretrain.errors import UserError
-from titans_pretrain.scaling.fit import DELTA, bootstrap, fit, hold_out, huber
+from titans_pretrain.scaling.fit import DELTA, _Points, bootstrap, fit, hold_out, huber
 from titans_pretrain.scaling.law import CONSTANTS, CostCurve, Law, optimum
 
 LAWS = [Law(1.7, 400.0, 1500.0, 0.34, 0.37), Law(2.5, 60.0, 900.0, 0.25, 0.33), Law(1.2, 5000.0, 300.0, 0.5, 0.28)]
@@ -73,6 +73,24 @@ def test_no_other_search_finds_a_smaller_sum() -> None:
         other = minimize(total, start, method="Nelder-Mead", options={"maxiter": 4000, "fatol": 1e-12, "xatol": 1e-9})
         assert found.huber <= other.fun * (1 + 1e-4)
     assert found.huber == pytest.approx(huber(found.residuals), rel=1e-6)
+
+
+def test_linear_part_and_gradient_are_those_of_the_huber_sum() -> None:
+    """What makes the search right and fast; the last descent would hide a mistake in the first, and lose by one in itself."""
+    n, d, losses = chinchilla_points(0.01, 2)
+    losses[::7] *= 1.1  # here least squares and Huber's sum part
+    points = _Points(n, d, losses)
+    exponents = np.array([0.3, 0.4])
+    total, x = points.projected(exponents)
+
+    def of_linear(linear: np.ndarray) -> float:
+        return huber(points.residuals(np.concatenate([linear, exponents])))
+
+    options = {"maxiter": 4000, "fatol": 1e-12, "xatol": 1e-9}
+    assert total <= minimize(of_linear, x[:3], method="Nelder-Mead", options=options).fun * 1.005
+    slope = points._huber_and_gradient(x)[1]
+    measured = approx_fprime(x, lambda at: points._huber_and_gradient(at)[0], 1e-7)
+    assert slope == pytest.approx(measured, rel=1e-3, abs=1e-3)
 
 
 def test_huber_is_the_definition() -> None:

@@ -123,7 +123,12 @@ def test_prediction_is_the_best_run_on_the_dial(trained, tmp_path: Path) -> None
     shapes = [shape(given, all_series(given)[0], given.dial.words(layers), 0) for layers in range(1, 40)]
     sizes = np.array([of.counts["non_embedding"] for of in shapes])
     losses = LAW.loss(sizes, flops / np.array([of.flops_per_token for of in shapes]))
-    assert found.config.model.num_layers == int(np.argmin(losses)) + 1, "of all sizes on the dial"
+    for budget in np.geomspace(flops / 2, flops * 2, 5):
+        best = np.argmin(LAW.loss(sizes, budget / np.array([of.flops_per_token for of in shapes])))
+        config = predict(
+            given, dataclasses.replace(fitted, fit=dataclasses.replace(fitted.fit, samples=())), budget, 0
+        ).config
+        assert config.model.num_layers == int(best) + 1, "of all sizes on the dial"
     assert found.best.loss == pytest.approx(losses.min(), rel=2e-3)
     model = found.config.model
     assert model.dim == 32 * model.num_layers

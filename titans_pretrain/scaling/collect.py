@@ -211,7 +211,8 @@ class Collected:
 
 
 def collect(study: Study, grid: Grid) -> Collected:
-    """Read every run of the grid, and settle what a complete sweep can settle."""
+    """Read every run of the grid, and settle what a complete sweep can settle. What was settled before stays, since the other
+    runs were trained by it."""
     found: dict[str, Point] = {}
     left_out: dict[str, str] = {}
     for run in grid.runs:
@@ -220,9 +221,10 @@ def collect(study: Study, grid: Grid) -> Collected:
         except LeftOut as error:
             left_out[run.name] = str(error)
     rates = {}
+    before = read_rates(study)
     for series in dict.fromkeys(run.series for run in grid.sweep):
         runs = [run for run in grid.sweep if run.series == series]
-        settled = choose_rate(runs, found, left_out)
+        settled = before.get(series) or choose_rate(runs, found, left_out)
         if settled:
             rates[series] = settled
     bases = {series: settled["base"] for series, settled in rates.items()}
@@ -263,8 +265,8 @@ def choose_rate(
 
 
 def write(study: Study, collected: Collected) -> tuple[Path, Path]:
-    """Write STUDY/points.json and STUDY/points.csv, and what the sweep settled to STUDY/learning_rate.json; a base that is
-    there already stays (delete the file to choose anew).
+    """Write STUDY/points.json and STUDY/points.csv, and what the sweep settled to STUDY/learning_rate.json (delete it to
+    choose anew).
 
     Raises:
         UserError: the folder cannot be written.
@@ -289,8 +291,7 @@ def write(study: Study, collected: Collected) -> tuple[Path, Path]:
                 row = [getattr(point, name) for name in names]
                 writer.writerow([*row, *(point.parameters[name] for name in COUNTS), point.flops])
         if collected.rates:
-            settled = {**collected.rates, **read_rates(study)}
-            (folder / RATES).write_text(json.dumps(settled, indent=1) + "\n")
+            (folder / RATES).write_text(json.dumps(collected.rates, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; change dir or name of the study") from error
     return folder / POINTS, folder / "points.csv"
