@@ -30,11 +30,9 @@ from titans_pretrain.config import Config, config_to_yaml, load_config  # noqa: 
 from titans_pretrain.data.location import scheme_of  # noqa: E402
 from titans_pretrain.errors import UserError, exit_on_user_error  # noqa: E402
 from titans_pretrain.layout import choose_layout, describe  # noqa: E402
-from titans_pretrain.train.heartbeat import FOLDER  # noqa: E402
+from titans_pretrain.train.heartbeat import busy_rank  # noqa: E402
 from titans_pretrain.train.lifecycle import STOP, finished  # noqa: E402
 
-BUSY_SECONDS = 30.0
-"""A heartbeat younger than this belongs to a run that is going on."""
 FROZEN_SECONDS = 120
 """Silence of all ranks after which the batch script ends them."""
 COPIED = ("titans_pretrain", "launch", "tools", "setup.cfg", "pyproject.toml")
@@ -132,17 +130,12 @@ def check_free(run: Path) -> None:
     Raises:
         UserError: naming the host.
     """
-    for file in (run / FOLDER).glob("rank_*.json"):
-        try:
-            beat = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        age = time.time() - beat["time"]
-        if age < BUSY_SECONDS and beat["phase"] not in ("ended", "refused", "lost a peer"):
-            raise UserError(
-                f"{run} is being trained: rank {beat['rank']} on {beat['host']} was there {age:.0f} s ago; wait for it, end it "
-                f"with `touch {run / STOP}`, or choose another run.name"
-            )
+    beat = busy_rank(run)
+    if beat is not None:
+        raise UserError(
+            f"{run} is being trained: rank {beat['rank']} on {beat['host']} was there {time.time() - beat['time']:.0f} s ago; "
+            f"wait for it, end it with `touch {run / STOP}`, or choose another run.name"
+        )
 
 
 def plan(config: Config, tokens_per_second: float | None) -> list[str]:

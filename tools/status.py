@@ -21,15 +21,11 @@ if not __package__:  # started as a file: the packages lie beside its folder
 
 from titans_pretrain.config import load_config
 from titans_pretrain.errors import UserError, exit_on_user_error
-from titans_pretrain.train.heartbeat import FOLDER, table
-from titans_pretrain.train.lifecycle import DONE, FAULTS, PREEMPTED, STOP, read_marker
+from titans_pretrain.train.heartbeat import BUSY_SECONDS, FOLDER, OVER, table
+from titans_pretrain.train.lifecycle import DONE, FAILED, FAULTS, PREEMPTED, STOP, read_marker
 
-SILENT_SECONDS = 30.0
-"""A rank whose heartbeat is older is not running."""
 SLOW_RATIO = 1.3
 """A rank whose forward passes take this many times the median rank's is worth a line."""
-OVER = ("ended", "refused", "lost a peer", "failed")
-"""Beginnings of the phases that a rank ends with."""
 
 
 @exit_on_user_error
@@ -96,7 +92,7 @@ def _state(run: Path, beats: dict[int, dict[str, Any]]) -> tuple[str, str]:
     if (done := read_marker(run, DONE)) is not None:
         return "done", f"reached step {done.get('step')}"
     now = time.time()
-    alive = [r for r, b in beats.items() if now - b["time"] < SILENT_SECONDS and not b["phase"].startswith(OVER)]
+    alive = [r for r, b in beats.items() if now - b["time"] < BUSY_SECONDS and not b["phase"].startswith(OVER)]
     if alive and len(alive) == len(beats):
         return "running", f"{len(alive)} ranks"
     if alive:
@@ -106,7 +102,7 @@ def _state(run: Path, beats: dict[int, dict[str, Any]]) -> tuple[str, str]:
         return "stopped", f"{run / STOP} is there"
     if (marker := read_marker(run, PREEMPTED)) is not None:
         return "preempted", f"saved at step {marker.get('step')} after {marker.get('signal')}, waits for its next life"
-    if (run / "FAILED").exists():
+    if (run / FAILED).exists():
         return "dead", "its launcher gave up: all attempts failed"
     if not beats:
         return "waiting", "no rank has begun"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,42 @@ def test_what_cannot_be_submitted(dataset: Path, tmp_path: Path, capsys: pytest.
         with pytest.raises(SystemExit):
             sweep(["status", str(sweep_file)])
         assert says in capsys.readouterr().err
+
+
+def test_a_sweep_on_this_machine_repeats_nothing(dataset: Path, tmp_path: Path) -> None:
+    path = config_of(dataset, tmp_path, checkpoint__interval=1, run__dir=str(tmp_path / "runs"))
+    sweep_file = tmp_path / "sweep.yaml"
+    axes = {"optimizer.learning_rate": [1e-3, 2e-3, 1e30]}
+    sweep_file.write_text(yaml.safe_dump({"name": "grid", "config": str(path), "parallel": 2, "axes": axes}))
+    runs = [tmp_path / "runs" / "grid" / f"{i:03d}" for i in range(3)]
+
+    def call(*words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *words, str(sweep_file)]
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, env=environment(), cwd=tmp_path, **streams)
+
+    killed = call("local")
+    metrics = runs[0] / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    done_before = [run for run in runs if (run / "DONE").exists()]
+
+    second = call("local")
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 1, said  # one run diverges
+    assert f"3 runs, {3 - len(done_before)} to do, 2 at a time" in said
+    assert "the gradient norm is" in said.splitlines()[-1]
+    assert (runs[2] / "FAILED").exists()
+    for run in runs[:2]:
+        assert [row["step"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3], said
+
+    again = call("local")
+    assert "3 runs, 0 to do" in again.communicate(timeout=60)[0]
+    found = json.loads(call("status", "--json").communicate(timeout=60)[0])
+    assert [row["status"] for row in found] == ["done", "done", "failed"]
 
 
 def test_local_paths_become_absolute_and_others_stay(

@@ -35,6 +35,10 @@ HUNG = 75
 
 FAILED = "failed"
 """How a rank ends that met an error of its own."""
+OVER = ("ended", "refused", "lost a peer", FAILED)
+"""How the phase of a rank that is not there any more begins."""
+BUSY_SECONDS = 30.0
+"""From a file alone: a rank whose heartbeat is older does not run. Long, since two hosts' clocks may differ."""
 _OF_A_COLLECTIVE = r"gloo|nccl|connection|peer|socket|store|rendezvous|broken pipe|timed out|aborted"
 
 
@@ -223,6 +227,19 @@ def read_beats(run_dir: Path, world_size: int) -> dict[int, dict[str, Any] | Non
         mine = beat is not None and (beat["life"], beat["attempt"]) == (life(), attempt())
         beats[rank] = beat if mine else None
     return beats
+
+
+def busy_rank(run_dir: Path) -> dict[str, Any] | None:
+    """The heartbeat of a rank that trains in `run_dir` now, of any life; None: nobody does."""
+    for file in (run_dir / FOLDER).glob("rank_*.json"):
+        try:
+            beat = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        here = beat["host"] != socket.gethostname() or _is_running(beat["pid"])
+        if here and time.time() - beat["time"] < BUSY_SECONDS and not beat["phase"].startswith(OVER):
+            return beat
+    return None
 
 
 def is_fresh(beat: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
     DONE        the run has reached its last step and saved: a start finds nothing to do
     PREEMPTED   a signal led to a save: whoever launched it should start it again
+    FAILED      a launcher gave the run up: in words, when and why
     STOP        put there by a person (`touch RUN/STOP`): the run saves and ends, and does not start while it is there
 
 The files are the way to tell a launcher, because torchrun does not hand on exit codes. Nothing here needs torch.
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-DONE, STOP, PREEMPTED, FAULTS = "DONE", "STOP", "PREEMPTED", "faults.jsonl"
+DONE, STOP, PREEMPTED, FAILED, FAULTS = "DONE", "STOP", "PREEMPTED", "FAILED", "faults.jsonl"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 SAME_SECONDS = 3.0
 """Signals this close together are one: SLURM signals a step and its batch shell, and torchrun hands on what it gets."""
