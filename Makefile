@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test test-layouts test-checkpoints test-cluster test-long lint format docs clean install
 
 help:
-	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window|gated_deltanet|gated_deltanet_swa|linear_attention]   train a small model on real text, export it, let it write"
+	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window|gated_deltanet|gated_deltanet_swa|linear_attention|rmt]   train a small model on real text, export it, let it write"
 	@echo "          [LAYOUT=\"tensor=2\" | \"sequence=2 memory=hand_off\" | ...]   how its processes divide the work"
 	@echo "make test      lint, types and all tests"
 	@echo "make test-layouts   every layout of ranks x ZeRO stage x model against one process"

@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 
 variants=(mag mac mal lmm transformer sliding_window)
 variants+=(gated_deltanet gated_deltanet_swa linear_attention)
+variants+=(rmt)
 check_only=
 if [ "${1:-}" = --check ]; then check_only=1; shift; fi
 variant=${1:-}

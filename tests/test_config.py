@@ -180,9 +180,15 @@ RULES = [
     (["engine.zero_stage=4"], ["engine.zero_stage", "0, 1, 2 or 3", "4"]),
     (
         ["model.variant=rnn"],
-        ["model.variant", "mac, mag, mal, lmm, transformer, sliding_window, gated_deltanet", "'rnn'"],
+        ["model.variant", "mac, mag, mal, lmm, transformer, sliding_window, gated_deltanet", "rmt", "'rnn'"],
     ),
     (["model.num_layers=0"], ["model.num_layers", "above 0"]),
+    (["model.arrangement=h3"], ["model.arrangement=h3", "lmm or mal", "mag", "model.arrangement=llama"]),
+    (["model.num_memory_tokens=0"], ["model.num_memory_tokens", "above 0"]),
+    (
+        ["model.variant=rmt", "model.segment_len=4096"],
+        ["model.segment_len (4096)", "data.seq_len (4096)", "lower model.segment_len"],
+    ),
     (["model.num_persistent=-1"], ["model.num_persistent", "0 or more"]),
     (["schedule.final_fraction=1.5"], ["schedule.final_fraction", "between 0 and 1"]),
     (["optimizer.beta2=1"], ["optimizer.beta2", "below 1"]),

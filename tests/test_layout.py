@@ -64,6 +64,10 @@ def test_data_takes_the_ranks_that_sequence_and_tensor_leave() -> None:
         ),
         (["parallel.sequence=4", "model.variant=transformer"], ["full attention", "model.num_heads (6)"]),
         (
+            ["parallel.sequence=2", "model.variant=rmt", "model.segment_len=16"],
+            ["parallel.sequence (2)", "model.variant=rmt", "parallel.sequence=1"],
+        ),
+        (
             ["parallel.sequence=2", "parallel.memory=hand_off", "engine.zero_stage=3"],
             ["parallel.memory=hand_off", "engine.zero_stage=3", "engine.zero_stage=1", "head_exchange"],
         ),
@@ -109,6 +113,7 @@ def test_what_cannot_work_is_refused(overrides: list[str], parts: list[str]) -> 
     [
         ["parallel.tensor=2", "parallel.sequence=2", "parallel.memory=hand_off"],
         ["parallel.sequence=2", "parallel.tensor=2", "model.variant=sliding_window"],
+        ["parallel.tensor=2", "model.variant=rmt", "model.segment_len=16"],
         ["parallel.sequence=4", "parallel.memory=chunk_scan", "model.memory_chunk=32"],
         ["parallel.sequence=4", "model.variant=mac", "model.segment_len=16"],
         ["parallel.tensor=2", "model.variant=lmm", "model.num_heads=1", "model.memory_heads=2"],

@@ -28,6 +28,7 @@ def test_demo_refuses_an_unknown_variant_in_one_sentence(variant: str) -> None:
     assert result.returncode != 0
     first, *rest = result.stderr.splitlines()
     known = "mag, mac, mal, lmm, transformer, sliding_window, gated_deltanet, gated_deltanet_swa, linear_attention"
+    known += ", rmt"
     assert first == f"error: VARIANT must be one of {known}, not '{variant}'"
     assert all(line.startswith("make") for line in rest)
     assert result.stdout == ""

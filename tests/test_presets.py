@@ -42,11 +42,11 @@ def total_parameters(name: str, vocab_size: int) -> int:
 
 
 def test_every_promised_file_is_there() -> None:
-    assert set(FILES) == {*SIZED, "demo.yaml", "paper_literal.yaml", "mac_340m_chunk16.yaml"}
+    names, sizes = ("ttt_linear", "ttt_mlp", "lmm_h3", "mal_h3"), ("170m", "340m", "760m")
+    baselines = {f"{name}_{size}.yaml" for name in names for size in sizes}
+    assert set(FILES) == {*SIZED, *baselines, "demo.yaml", "paper_literal.yaml", "mac_340m_chunk16.yaml"}
     variants = ("mac", "mag", "mal", "lmm", "sliding_window")
-    assert set(MATCHED) == {
-        f"matched/{variant}_{size}.yaml" for variant in variants for size in ("170m", "340m", "760m")
-    }
+    assert set(MATCHED) == {f"matched/{variant}_{size}.yaml" for variant in variants for size in sizes}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ BASELINE_VARIANTS = (
     "gated_deltanet",
     "gated_deltanet_swa",
     "linear_attention",
+    "rmt",
 )
 RECURRENT_VARIANTS = ("gated_deltanet", "gated_deltanet_swa", "linear_attention")
 VARIANTS = TITANS_VARIANTS + BASELINE_VARIANTS
@@ -50,8 +51,8 @@ class ModelConfig:
     variant: str = one_of("mag", *VARIANTS)
     """Architecture: memory as context (mac), as gate (mag), as layer (mal), alone (lmm), or a baseline: full causal
     attention (transformer, Llama-like), attention over a window (sliding_window), Gated DeltaNet alone (gated_deltanet) or
-    followed in each block by attention over a window (gated_deltanet_swa), or linear attention (linear_attention).
-    Default mag: the steadiest hybrid in the paper's tables."""
+    followed in each block by attention over a window (gated_deltanet_swa), linear attention (linear_attention), or attention
+    within segments that hand memory tokens on (rmt). Default mag: the steadiest hybrid in the paper's tables."""
     num_layers: int = 12
     """Blocks. Default: the paper's 170M model."""
     dim: int = 768
@@ -73,18 +74,25 @@ class ModelConfig:
     """Tokens a sliding-window query sees, itself included (mag, mal, sliding_window, gated_deltanet_swa). Default: the
     paper's."""
     segment_len: int = 512
-    """Tokens per MAC segment, the unit of its attention. Default: the paper's."""
+    """Tokens per segment, the unit of attention (mac, rmt). Default: the paper's, of MAC."""
     retrieve_every: int = 1
     """MAC keeps every n-th retrieved memory token as attention context. Default 1: all; the paper's appendix keeps
     256 of 512, which is 2."""
     num_persistent: int = 128
     """Learned tokens per block that do not depend on the input. Default: the paper's."""
+    num_memory_tokens: int = 16
+    """Vectors that a segment of rmt hands to the next. Default 16: its paper uses 5 to 25 and finds little gain above 10; with
+    the default segment_len, 16 keeps a segment's input at a multiple of 32 places, as GPU kernels like it."""
     gate_activation: str = one_of("sigmoid", "sigmoid", "silu", "tanh")
     """MAG: nonlinearity on the memory branch before it multiplies the attention branch. Default sigmoid: bounded, it
     cannot blow up the residual stream."""
     mal_residual: bool = True
     """MAL: give the memory sublayer a residual of its own before attention reads it. Default true: a stacked layer of a
     pre-norm network; false is the bare composition attention(memory(x))."""
+    arrangement: str = one_of("llama", "llama", "h3")
+    """What stands around the memory of lmm and mal. llama: convolutions and SiLU on q, k and v, a gate on the read. h3: the
+    layer of H3 (arXiv 2212.14052), `q * memory(shift(k), shift(k) * v)`: the convolution on the key alone, two products for
+    gates, no SiLU. Default llama: mac and mag share it, and it is what the trials of method.md ran."""
     memory_heads: int = 0
     """Heads of the memory, or of the recurrence of gated_deltanet, gated_deltanet_swa and linear_attention; its head_dim =
     dim / memory_heads. Such a recurrence carries head_dim numbers for each of dim channels. 0: num_heads."""
@@ -122,11 +130,13 @@ class ModelConfig:
     """Initial bias of alpha's gate, a logit. Default -6: 0.25 % forgotten per token; faster forgetting is chaotic with
     the inner layer norm (method.md 1)."""
     conv_kernel: int = 4
-    """Taps of the causal depthwise convolution on the q, k, v of the memory or recurrence. 1: no convolution. Default: the
-    paper's family (Mamba, Gated DeltaNet)."""
+    """Taps of the causal depthwise convolution on the q, k, v of the memory (arrangement h3: on k alone) or recurrence. 1: no
+    convolution. Default: the paper's family (Mamba, Gated DeltaNet)."""
     compile: bool = False
     """Run the blocks of the training forward through torch.compile. Speed only: not part of the model, checkpoints and
-    exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there."""
+    exports are the same. Default false: the first steps take up to minutes longer, and a C++ compiler must be there; with
+    gated_deltanet and gated_deltanet_swa about 2 seconds of a processor more for every 64 tokens of data.seq_len, since the
+    loop over chunks is unrolled."""
 
     @property
     def head_dim(self) -> int:
@@ -188,7 +198,7 @@ class ModelConfig:
     @property
     def document_grid_key(self) -> str:
         """The key that says where in a row a document may begin; empty: anywhere."""
-        if self.variant == "mac":  # every segment begins a chunk
+        if self.variant in ("mac", "rmt"):  # every segment begins a chunk; the memory of a segment is one document's
             return "model.segment_len"
         return "model.memory_chunk" if self.has_memory else ""
 
@@ -408,6 +418,16 @@ class EvalConfig:
     length_multiples: tuple[int, ...] = (1,)
     """Sequence lengths to evaluate at, as multiples of data.seq_len, the memory state carried over the whole length.
     Each adds a pass; multiples above 1 are logged as valid_loss_xN."""
+    needle_lengths: tuple[int, ...] = ()
+    """Text lengths, tokens, at which every evaluation also measures how well the model finds a needle (docs/evaluation.md): the
+    accuracy on the answer's tokens and their loss, as needle_accuracy/LENGTH and needle_nll/LENGTH. Default none: it costs
+    needle_samples passes over each length, and small models find nothing for long."""
+    needle_task: str = one_of(
+        "niah_single_1", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2"
+    )
+    """Which needle. Default niah_single_1, the easiest, which a model learns first. Prose is the validation split."""
+    needle_samples: int = 32
+    """Needles at each length, at depths spread evenly over the text. Default 32: some 250 tokens to be right about."""
 
 
 @dataclass(frozen=True)
@@ -761,15 +781,17 @@ def check(config: Config) -> None:
     _check_sources(config.data)
     _check_batch(config)
     _check_documents(config)
+    _check_rmt(config)
     _check_compile(config)
 
 
 def _check_ranges(config: Config) -> None:
     positive = (
         "model.num_layers model.dim model.num_heads model.window model.segment_len model.retrieve_every model.norm_eps "
+        "model.num_memory_tokens "
         "model.rope_theta model.memory_depth model.memory_expansion model.memory_chunk model.conv_kernel data.seq_len "
         "data.batch_tokens data.prefetch data.cache_gib parallel.sequence parallel.tensor optimizer.learning_rate "
-        "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens "
+        "optimizer.eps schedule.tokens engine.loss_chunk log.interval log.profile_steps eval.tokens eval.needle_samples "
         "faults.spike_sigma faults.spike_window "
         "cluster.nodes cluster.cpus_per_process "
         "cluster.attempts"
@@ -805,6 +827,10 @@ def _check_ranges(config: Config) -> None:
     if any(m < 1 for m in config.eval.length_multiples) or not config.eval.length_multiples:
         given = list(config.eval.length_multiples)
         raise UserError(f"eval.length_multiples must be whole numbers of 1 or more, not {given}")
+    if any(length < 1 for length in config.eval.needle_lengths):
+        raise UserError(
+            f"eval.needle_lengths must be whole numbers of 1 or more, not {list(config.eval.needle_lengths)}"
+        )
     if not config.run.name or "/" in config.run.name or config.run.name in (".", ".."):
         raise UserError(f"run.name must be a folder name, not {config.run.name!r}; use run.dir for its parent")
 
@@ -817,6 +843,11 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.dim ({model.dim}) / model.num_heads ({model.num_heads}) is {model.head_dim}, "
             "but rotary positions need an even head_dim; change model.num_heads"
+        )
+    if model.arrangement == "h3" and model.variant not in ("lmm", "mal"):
+        raise UserError(
+            "model.arrangement=h3 puts the memory in the place of a state-space layer, as a layer of model.variant lmm or mal; "
+            f"{model.variant} has no such layer: set model.arrangement=llama or another variant"
         )
     if model.memory_depth > 4:
         raise UserError(f"model.memory_depth must be 1 to 4, not {model.memory_depth}")
@@ -922,6 +953,15 @@ def _check_documents(config: Config) -> None:
         raise UserError(
             f"eval.length_multiples ({list(config.eval.length_multiples)}) above 1 does not go with "
             "data.reset_at_documents=true: no document is longer than data.seq_len there; set eval.length_multiples=[1]"
+        )
+
+
+def _check_rmt(config: Config) -> None:
+    model, seq_len = config.model, config.data.seq_len
+    if model.variant == "rmt" and model.segment_len >= seq_len:
+        raise UserError(
+            f"model.segment_len ({model.segment_len}) is not below data.seq_len ({seq_len}), so no segment would ever read "
+            "what another wrote and rmt would not learn to; lower model.segment_len or raise data.seq_len"
         )
 
 

@@ -137,6 +137,11 @@ def _check_documents(config: Config, layout: Layout) -> None:
 
 def _check_sequence(config: Config, layout: Layout) -> None:
     model, size = config.model, layout.sequence
+    if model.variant == "rmt":
+        raise UserError(
+            f"parallel.sequence ({size}) above 1 does not go with model.variant=rmt, whose segments follow each other through "
+            "the whole stack of blocks, so that one rank would wait for the other; use parallel.sequence=1"
+        )
     if config.data.seq_len % size:
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) does not divide over parallel.sequence ({size}); use "

@@ -39,10 +39,11 @@ import torch
 from titans_pretrain.config import ModelConfig, load_config
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.inference.export import DTYPES, load_export, read_info
-from titans_pretrain.inference.generate import Decoding, Row, read, state_bytes
+from titans_pretrain.inference.generate import Decoding, Row, read
 from titans_pretrain.inference.sampling import SamplingOptions
 from titans_pretrain.model import Titans, initialize
 from titans_pretrain.model.cost import parameter_counts
+from titans_pretrain.model.titans import state_bytes
 from tools.generate import choose_device
 
 MIB = 2**20
@@ -142,7 +143,9 @@ def config_of(path: Path, vocab_size: int) -> ModelConfig:
 
 def transformer_like(config: ModelConfig) -> ModelConfig:
     """Transformer++ with the parameters of `config`, to a feed-forward unit in each layer."""
-    base = dataclasses.replace(config, variant="transformer", hidden_dim=config.resolved_hidden_dim)
+    base = dataclasses.replace(
+        config, variant="transformer", arrangement="llama", hidden_dim=config.resolved_hidden_dim
+    )
     missing = parameter_counts(config)["total"] - parameter_counts(base)["total"]
     hidden = base.hidden_dim + round(missing / (3 * config.dim * config.num_layers))
     return dataclasses.replace(base, hidden_dim=max(1, hidden))

@@ -26,10 +26,11 @@ import torch
 
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.inference.export import Export, load_export
-from titans_pretrain.inference.generate import Generation, Row, state_bytes, write_batch
+from titans_pretrain.inference.generate import Generation, Row, write_batch
 from titans_pretrain.inference.sampling import SamplingOptions
 from titans_pretrain.inference.state import load_reading, save_reading
 from titans_pretrain.inference.text import TextWriter, prompt_ids
+from titans_pretrain.model.titans import state_bytes
 
 
 @exit_on_user_error

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.tiny import train_tokenizer
-from titans_pretrain.inference.tokenizer import Tokenizer
+from titans_pretrain.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

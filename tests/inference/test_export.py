@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ from titans_pretrain.errors import UserError
 from titans_pretrain.inference.export import is_export, load_export
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "changes"), [*((variant, {}) for variant in VARIANTS), ("lmm", dict(arrangement="h3"))]
+)
 @torch.no_grad()
-def test_loaded_export_is_the_exported_model(variant: str, tmp_path: Path, tokenizer_file: Path) -> None:
-    model = tiny_export(tmp_path / "export", tokenizer_file, variant)
+def test_loaded_export_is_the_exported_model(
+    variant: str, changes: dict[str, Any], tmp_path: Path, tokenizer_file: Path
+) -> None:
+    model = tiny_export(tmp_path / "export", tokenizer_file, variant, **changes)
     loaded, tokenizer, info = load_export(tmp_path / "export")
     tokens = torch.tensor([random_ids(50)])
     assert torch.equal(loaded.logits(loaded.hidden(tokens)[0]), model.logits(model.hidden(tokens)[0]))

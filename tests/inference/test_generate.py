@@ -14,9 +14,10 @@ from tests.inference.tiny import random_ids, tiny_export
 from titans_pretrain.config import VARIANTS
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.export import load_export
-from titans_pretrain.inference.generate import Generation, advance, prefill, state_bytes
+from titans_pretrain.inference.generate import Generation, advance, prefill
 from titans_pretrain.inference.sampling import SamplingOptions
 from titans_pretrain.model import Titans
+from titans_pretrain.model.titans import state_bytes
 
 GREEDY = SamplingOptions(temperature=0)
 
@@ -110,7 +111,7 @@ def live_tensors() -> int:
 @pytest.mark.parametrize(
     ("variant", "length"),
     [
-        *((v, 1024) for v in ("mac", "mag", "mal", "sliding_window")),
+        *((v, 1024) for v in ("mac", "mag", "mal", "sliding_window", "rmt")),
         ("lmm", 4096),
         *((v, 1024) for v in ("gated_deltanet", "gated_deltanet_swa", "linear_attention")),
     ],

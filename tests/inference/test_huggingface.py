@@ -19,16 +19,16 @@ from tests.inference.tiny import tiny_export
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, make_dataset, tiny_tree
 from titans_pretrain.config import VARIANTS, config_from_dict
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.inference.export import load_export, write_export
 from titans_pretrain.inference.huggingface.files import tokenizer_files
 from titans_pretrain.inference.huggingface.flatten import modelling_files
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.train.checkpoint import find_checkpoints, read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 
 STAGES = {
     **{"mac": 1, "mag": 2, "mal": 3, "lmm": 1, "transformer": 0, "sliding_window": 3},
-    **{"gated_deltanet": 2, "gated_deltanet_swa": 1, "linear_attention": 3},
+    **{"gated_deltanet": 2, "gated_deltanet_swa": 1, "linear_attention": 3, "rmt": 2},
 }
 
 
@@ -52,7 +52,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> l
             schedule__tokens=3 * 2 * SEQ_LEN,
             eval__tokens=SEQ_LEN,
             parallel__tensor=2,
-            parallel__sequence=2,
+            parallel__sequence=1 if variant == "rmt" else 2,
             engine__zero_stage=STAGES[variant],
             run__name=variant,
         )

@@ -13,8 +13,9 @@ import torch
 
 from tests.model.tiny import VOCAB, tiny_model
 from titans_pretrain.config import VARIANTS
-from titans_pretrain.inference.generate import read, state_bytes
+from titans_pretrain.inference.generate import read
 from titans_pretrain.model.rows import join_states, read_rows, row_positions
+from titans_pretrain.model.titans import state_bytes
 
 WHOLE = bool(os.environ.get("TITANS_LONG_DECODE"))
 LENGTH = 131_072 if WHOLE else 1_500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from tests.model.tiny import tiny_model
 from titans_pretrain.config import VARIANTS
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.export import load_export
-from titans_pretrain.inference.generate import Decoding, Generation, Reading, Row, read, state_bytes
+from titans_pretrain.inference.generate import Decoding, Generation, Reading, Row, read
 from titans_pretrain.inference.state import fingerprint, load_reading, save_reading, tokens_read
 from titans_pretrain.model import Titans
+from titans_pretrain.model.titans import state_bytes
 
 
 def ids(length: int) -> list[int]:
@@ -59,8 +61,9 @@ def test_goes_on_identically_in_another_process(tmp_path: Path, tokenizer_file: 
     assert run_distributed(in_another_process, 1, tmp_path)[0] == expected
 
 
-def test_rows_at_different_places_and_every_bit(tmp_path: Path) -> None:
-    model = tiny_model("mac").requires_grad_(False)
+@pytest.mark.parametrize(("variant", "changes"), [("mac", {}), ("rmt", {}), ("lmm", dict(arrangement="h3"))])
+def test_rows_at_different_places_and_every_bit(variant: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(variant, **changes).requires_grad_(False)
     reading = read(model, [ids(3), [7] * 30])
     save_reading(tmp_path / "two", reading, model)
     again = load_reading(tmp_path / "two", model)

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from tests.inference.tiny import prose
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.text import TextWriter
-from titans_pretrain.inference.tokenizer import Tokenizer
 
 
 def parts(tokenizer: Tokenizer, text: str, stop: list[str]) -> tuple[list[str], TextWriter]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.model.tiny import random_tokens, tiny_model
-from titans_pretrain.memory import begin_chunk, memory_read
+from titans_pretrain.memory import begin_chunk, memory_read, memory_scan
 from titans_pretrain.model.blocks import MACBlock
 from titans_pretrain.model.layers import rotary_table, rotate
 from titans_pretrain.model.neural_memory import MemoryLayerState
@@ -87,6 +87,36 @@ def test_persistent_tokens_in_front_of_every_row_are_the_shared_initial_state() 
     torch.testing.assert_close(shared, in_front, rtol=1e-5, atol=1e-6)
     without, _ = memory(x)
     assert (shared - without).abs().max() > 1e-3  # they do reach the sequence
+
+
+@torch.no_grad()
+def test_the_h3_arrangement_equals_its_definition() -> None:
+    """q * memory(shift(k), shift(k) * v), the shift a filter over four tokens, by the token-by-token recurrence."""
+    memory = tiny_model("lmm", arrangement="h3").double().blocks[0].memory
+    memory.read_norm.weight.add_(torch.linspace(-0.5, 0.5, 32).view(2, 16))
+    x = torch.randn(2, 21, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    q, k, v = memory.query(x), memory.key(x), memory.value(x)
+    taps = memory.key_conv.weight
+    shifted = torch.zeros_like(k)
+    for t in range(21):
+        for back in range(min(t + 1, 4)):
+            shifted[:, t] += taps[:, 3 - back] * k[:, t - back]
+    unit_q, unit_k = (y.view(2, 21, 2, 16) / y.view(2, 21, 2, 16).norm(dim=-1, keepdim=True) for y in (q, shifted))
+    read, _ = memory_scan(
+        unit_q,
+        unit_k,
+        (shifted * v).view(2, 21, 2, 16),
+        *memory.gates(x),
+        tuple(memory.initial_weights),
+        memory.inner_norm_weight,
+        memory.inner_norm_bias,
+        None,
+        memory.options,
+        path="reference",
+    )
+    scale = torch.rsqrt(read.square().mean(-1, keepdim=True) + 1e-5)
+    expected = memory.output((read * scale * memory.read_norm.weight).flatten(-2) * q)
+    torch.testing.assert_close(memory(x)[0], expected, rtol=1e-8, atol=1e-10)
 
 
 @torch.no_grad()

@@ -82,6 +82,15 @@ def test_parameter_counts_equal_the_model(variant: str, tied: bool) -> None:
     ],
 )
 def test_flops_equal_the_counter(variant: str, changes: dict) -> None:
+    assert_flops_equal_the_counter(variant, changes)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mal"])
+def test_flops_equal_the_counter_in_the_h3_arrangement(variant: str) -> None:
+    assert_flops_equal_the_counter(variant, dict(arrangement="h3"))
+
+
+def assert_flops_equal_the_counter(variant: str, changes: dict) -> None:
     config = ModelConfig(variant=variant, **{**SHAPE, **changes})
     model = Titans(config)
     initialize(model, 0)

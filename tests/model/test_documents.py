@@ -58,6 +58,7 @@ def gradients(model: Titans) -> dict[str, Tensor]:
         *((variant, {}) for variant in ("mal", "lmm", *BASELINE_VARIANTS)),
         ("gated_deltanet", dict(conv_kernel=1, memory_heads=1)),
         ("mal", dict(num_persistent=1, window=3)),
+        ("lmm", dict(arrangement="h3")),
         ("lmm", dict(memory_chunk=1, conv_kernel=5, num_persistent=2)),
         ("lmm", dict(memory_forget_toward="zero", num_persistent=2)),
         ("mac", dict(segment_len=8, memory_chunk=6, conv_kernel=5)),

@@ -40,6 +40,22 @@ def test_scale_and_biases() -> None:
     assert (parameters["blocks.0.mixer_norm.weight"] == 1.0).all()
 
 
+def test_decays_of_gated_deltanet_are_the_public_models() -> None:
+    model = tiny_model("gated_deltanet", dim=256, memory_heads=256, num_layers=4)
+    parameters = dict(model.named_parameters())
+    rates = torch.cat([parameters[f"blocks.{i}.recurrence.log_rate"] for i in range(4)]).exp()
+    assert rates.min() < 0.2
+    assert 15.8 < rates.max() < 16
+    assert abs(rates.mean() - 8) < 0.6
+    steps = torch.cat([parameters[f"blocks.{i}.recurrence.decay_gate.bias"] for i in range(4)])
+    steps = torch.nn.functional.softplus(steps)
+    assert 0.000999 < steps.min() < 0.00103
+    assert 0.097 < steps.max() < 0.1001
+    assert abs(steps.log().mean() - math.log(0.01)) < 0.15
+    undecayed = {n.removeprefix("blocks.0.recurrence.") for n in parameters if not weight_decay_applies(n)}
+    assert {"log_rate", "decay_gate.bias", "decay_gate.weight", "write_gate.weight", "key_conv.weight"} <= undecayed
+
+
 def test_every_parameter_of_every_variant_has_a_rule() -> None:
     for variant in VARIANTS:
         model = Titans(tiny_config(variant))

@@ -29,6 +29,7 @@ CASES = [
     *(("mac", changes) for changes in ({"memory_chunk": 1}, {"retrieve_every": 3}, {"num_persistent": 0})),
     ("mag", {"num_persistent": 0, "memory_chunk": 2}),
     ("lmm", {"conv_kernel": 1}),
+    ("lmm", {"arrangement": "h3"}),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +21,12 @@ OPTIONS = {
     "no_forgetting": dict(memory_forgetting=False, memory_depth=3),
     "to_zero": dict(memory_forget_toward="zero", retrieve_every=3, mal_residual=False, memory_heads=1),
 }
+
+
+H3_CASES = [(variant, dict(arrangement="h3", **OPTIONS[options])) for variant in ("lmm", "mal") for options in OPTIONS]
+"""The memory's other arrangement, in the variants that have it."""
+WHOLE = [*((variant, {}) for variant in VARIANTS), *(case for case in H3_CASES if len(case[1]) == 1)]
+"""Every variant, and every arrangement of it, with the defaults."""
 
 
 def logits_of(model: Titans, tokens: Tensor, pieces: list[int]) -> Tensor:
@@ -50,16 +58,26 @@ TITANS_CASES = [(variant, options) for variant in TITANS_VARIANTS for options in
 )
 @torch.no_grad()
 def test_decoding_equals_parallel_forward(variant: str, options: str) -> None:
-    model = tiny_model(variant, **OPTIONS[options])
+    check_decoding(variant, OPTIONS[options])
+
+
+@pytest.mark.parametrize(("variant", "changes"), H3_CASES)
+@torch.no_grad()
+def test_decoding_equals_parallel_forward_in_the_h3_arrangement(variant: str, changes: dict[str, Any]) -> None:
+    check_decoding(variant, changes)
+
+
+def check_decoding(variant: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(variant, **changes)
     assert_pieces_equal_whole(model, 1e-5)
     assert_pieces_equal_whole(model.double(), 1e-12)  # what differs in fp32 is rounding and nothing else
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "changes"), WHOLE)
 @pytest.mark.parametrize("place", [0, 7, 8, 19, 20, 33, 74])
 @torch.no_grad()
-def test_a_token_changes_no_earlier_output(variant: str, place: int) -> None:
-    model = tiny_model(variant)
+def test_a_token_changes_no_earlier_output(variant: str, changes: dict[str, Any], place: int) -> None:
+    model = tiny_model(variant, **changes)
     tokens = random_tokens(2, 75)
     changed = tokens.clone()
     changed[:, place] = (changed[:, place] + 1) % VOCAB
@@ -68,9 +86,9 @@ def test_a_token_changes_no_earlier_output(variant: str, place: int) -> None:
     assert not torch.equal(before[:, place], after[:, place])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_gets_a_gradient(variant: str) -> None:
-    model = tiny_model(variant)
+@pytest.mark.parametrize(("variant", "changes"), WHOLE)
+def test_every_parameter_gets_a_gradient(variant: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(variant, **changes)
     tokens = random_tokens(2, 45)
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     for name, parameter in model.named_parameters():
@@ -78,12 +96,12 @@ def test_every_parameter_gets_a_gradient(variant: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_activation_checkpointing_changes_nothing(variant: str) -> None:
+@pytest.mark.parametrize(("variant", "changes"), WHOLE)
+def test_activation_checkpointing_changes_nothing(variant: str, changes: dict[str, Any]) -> None:
     tokens = random_tokens(2, 45)
     gradients = []
     for recompute in (False, True):
-        model = tiny_model(variant)
+        model = tiny_model(variant, **changes)
         model.activation_checkpointing = recompute
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()

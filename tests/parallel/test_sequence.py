@@ -24,6 +24,10 @@ def cases(checkpointing: bool) -> list[ModelCase]:
         ModelCase("lmm", "chunk_scan", 6, dict(memory_chunk=12, memory_forgetting=False, num_persistent=0)),
         ModelCase("mal", "head_exchange", 5, dict(memory_per_layer_gates=False, mal_residual=False, num_persistent=0)),
     ]
+    found += [
+        ModelCase("lmm", "head_exchange", 11, dict(arrangement="h3")),
+        ModelCase("mal", "hand_off", 11, dict(arrangement="h3")),
+    ]
     for variant in ("gated_deltanet", "gated_deltanet_swa", "linear_attention"):  # windows of 12 over shards of 11
         found += [ModelCase(variant, "head_exchange", 7), ModelCase(variant, "hand_off", 11)]
     for variant in ("mag", "mal", "lmm"):

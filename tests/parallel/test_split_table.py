@@ -18,9 +18,11 @@ def parameters(variant: str, **changes: object) -> list[tuple[str, torch.nn.Para
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("options", [*OPTIONS, "tied"])
+@pytest.mark.parametrize("options", [*OPTIONS, "tied", "h3"])
 def test_every_parameter_has_one_entry_and_its_parts_make_it_whole(variant: str, options: str) -> None:
     changes = dict(OPTIONS.get(options, dict(tie_embeddings=True)))
+    if options == "h3":
+        changes = dict(arrangement="h3" if variant in ("lmm", "mal") else "llama")
     if "memory_heads" in changes:
         changes["memory_heads"] = 4  # not 1, which two ranks cannot share
     for name, parameter in parameters(variant, **changes):

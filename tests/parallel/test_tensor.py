@@ -128,6 +128,10 @@ def test_two_ranks_equal_one_process(variant: str) -> None:
     run_distributed(run_cases, 2, [(variant, CASES[name], name in ("six_heads", "plain")) for name in names])
 
 
+def test_two_ranks_equal_one_process_in_the_h3_arrangement() -> None:
+    run_distributed(run_cases, 2, [("lmm", dict(arrangement="h3"), True), ("mal", dict(arrangement="h3"), False)])
+
+
 def test_four_ranks_equal_one_process() -> None:
     """5 tokens over 4 ranks are 2, 2, 1 and none."""
     four_heads = dict(num_heads=4, memory_heads=8)

@@ -19,11 +19,11 @@ from tests.inference.tiny import VOCAB, prose
 from tests.train.tiny import tiny_tree
 from titans_pretrain.config import config_from_dict
 from titans_pretrain.data.manifest import Manifest, SplitEntry, dtype_for, write_manifest
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.data.writer import ShardWriter, unigram_entropy
 from titans_pretrain.inference.export import EXPORT_NAMES, load_export
 from titans_pretrain.inference.generate import Generation
 from titans_pretrain.inference.huggingface.flatten import modelling_files
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.inference.verify import compare, verify_export
 from tools.convert_checkpoint import main
 

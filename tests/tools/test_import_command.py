@@ -14,8 +14,8 @@ from tests.inference.tiny import train_tokenizer
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, make_dataset, read_metrics, tiny_tree
 from titans_pretrain.config import config_from_dict
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.inference.export import write_export
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.train.checkpoint import full_fp32_weights, read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 from tools.convert_checkpoint import main

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "recomputing, tensor 2": dict(engine__activation_checkpointing=True, parallel__tensor=2, model__variant="mac"),
     "hand off": dict(parallel__sequence=2, parallel__memory="hand_off", engine__zero_stage=2, model__variant="lmm"),
+    "segments through all blocks": dict(model__variant="rmt", parallel__tensor=2),
 }
 
 

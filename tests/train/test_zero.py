@@ -19,6 +19,7 @@ LEAN: dict[str, dict[str, Any]] = {
     "mac": {"model__num_layers": 1, "model__memory_depth": 1},
     "mal": {"model__num_layers": 1, "model__num_persistent": 0},
     "lmm": {"model__num_layers": 1, "model__num_persistent": 0},
+    "gated_deltanet_swa": {"model__num_layers": 1},
 }
 
 
@@ -27,7 +28,8 @@ def sharded(elements: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage3_param_persistence_threshold": elements}}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# gated_deltanet_swa has every kind of parameter that the other two recurrences have.
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("gated_deltanet", "linear_attention")])
 def test_all_stages_on_two_ranks_equal_one_process(variant: str, dataset: Path, tmp_path: Path) -> None:
     def tree(name: str, stage: int) -> dict[str, Any]:
         return tiny_tree(

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from titans_pretrain.config import Config, ModelConfig, config_from_dict, config_to_dict
 from titans_pretrain.data.atomic import sha256_of
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.huggingface.files import generation_config, tokenizer_files, transformers_config
 from titans_pretrain.inference.huggingface.flatten import modelling_files
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.model.titans import Titans
 
 FORMAT = "titans_pretrain export"

@@ -1,9 +1,9 @@
 """How does a model continue sequences of tokens, one at a time, from its recurrent state and nothing else?
 
-The prefix is never run again. For the Titans variants and the sliding-window baseline the state has a fixed upper size: the
-memory's weights and momentum, the convolutions' last inputs, and at most a window (mag, mal, sliding_window) or a segment
-(mac) of keys and values. Only the full-attention baseline (transformer) keeps keys and values of every token: its state, and
-the time of a token, grow with the length.
+The prefix is never run again. For all variants but one the state has a fixed upper size: the memory's weights and momentum,
+the convolutions' last inputs, and at most a window (mag, mal, sliding_window) or a segment (mac, rmt) of keys and values.
+Only the full-attention baseline (transformer) keeps keys and values of every token: its state, and the time of a token, grow
+with the length.
 
 Several sequences are written together, one forward a token for all of them, wherever each of them stands (`Decoding`).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -286,20 +286,3 @@ def advance(model: Titans, tokens: Sequence[int], state: ModelState | None) -> t
     batch = torch.tensor([list(tokens)], dtype=torch.int64, device=model.embedding.weight.device)
     hidden, state = model.hidden(batch, state)
     return model.logits(hidden[:, -1:])[0, 0], state
-
-
-def state_bytes(state: Any) -> int:
-    """Bytes of memory that the tensors of a state keep alive: each storage once and whole, so a small view of a large
-    tensor counts as the large one."""
-    storages: dict[int, int] = {}
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Tensor):
-            storage = part.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(part, (tuple, list)):
-            for item in part:
-                visit(item)
-
-    visit(state)
-    return sum(storages.values())

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.generate import Decoding, Reading, Row, read
 from titans_pretrain.inference.text import TextWriter, prompt_ids
-from titans_pretrain.inference.tokenizer import Tokenizer
 from titans_pretrain.model.titans import Titans
 
 FORGOTTEN = 10_000

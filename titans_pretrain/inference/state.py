@@ -26,6 +26,7 @@ from titans_pretrain.model.attention import AttentionState
 from titans_pretrain.model.blocks import HybridState, MACState
 from titans_pretrain.model.neural_memory import MemoryLayerState
 from titans_pretrain.model.recurrence import RecurrenceState, RecurrentHybridState
+from titans_pretrain.model.rmt import RMTState
 from titans_pretrain.model.rows import row_positions
 from titans_pretrain.model.titans import ModelState, Titans
 
@@ -38,7 +39,7 @@ _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(Reading, ModelState, HybridState, MemoryLayerState, MemoryState, AttentionState, MACState),
-        *(RecurrenceState, RecurrentHybridState),
+        *(RecurrenceState, RecurrentHybridState, RMTState),
     )
 }
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
 from titans_pretrain.inference.generate import Reading
-from titans_pretrain.inference.tokenizer import Tokenizer
 
 
 class TextWriter:

@@ -211,7 +211,7 @@ class MACBlock(Block):
         return x + output, state._replace(recall_tail=recall_tail)
 
     def _start(self, x: Tensor, recall_tail: Tensor) -> MACState:
-        no_tail = x.new_zeros(x.shape[0], self.memory.query_conv.halo, recall_tail.shape[-1])
+        no_tail = x.new_zeros(x.shape[0], self.memory.key_conv.halo, recall_tail.shape[-1])
         start = MemoryLayerState((no_tail, no_tail, no_tail), self.memory.initial_memory(x.shape[0]))
         memory = self.sequence.memory_before(start)
         return MACState(memory, memory.memory.weights, recall_tail, None, 0)

@@ -14,7 +14,10 @@ from titans_pretrain.memory import tile_length
 from titans_pretrain.model.chunks import CHUNK
 from titans_pretrain.model.titans import Titans
 
-GROUPS = ("embedding", "head", "attention", "memory", "recurrence", "feed_forward", "persistent", "norm")
+GROUPS = (
+    *("embedding", "head", "attention", "memory", "recurrence", "feed_forward"),
+    *("persistent", "memory_tokens", "norm"),
+)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -49,6 +52,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     """Operations of the forward pass per token, by group."""
+    if config.variant == "rmt":
+        return _rmt_flops(config, seq_len)
     flops = {
         "head": 2.0 * config.dim * config.vocab_size,
         "feed_forward": config.num_layers * 6.0 * config.dim * config.resolved_hidden_dim,
@@ -60,6 +65,20 @@ def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
     if config.has_recurrence:
         flops["recurrence"] = config.num_layers * _recurrence_flops(config, seq_len)
     return flops
+
+
+def _rmt_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """RMT's: every segment is longer by the memory that it reads and, but for the last, writes."""
+    segments = _pieces(seq_len, config.segment_len)
+    inputs = [n + 2 * config.num_memory_tokens for n in segments]
+    inputs[-1] -= config.num_memory_tokens
+    places = sum(inputs) / seq_len
+    scores = 4.0 * config.dim * sum(n * n for n in inputs) / seq_len
+    return {
+        "head": 2.0 * config.dim * config.vocab_size,
+        "feed_forward": config.num_layers * 6.0 * config.dim * config.resolved_hidden_dim * places,
+        "attention": config.num_layers * (8.0 * config.dim**2 * places + scores),
+    }
 
 
 def _score_flops(config: ModelConfig, seq_len: int) -> float:
@@ -84,7 +103,8 @@ def _memory_flops(config: ModelConfig, seq_len: int) -> float:
     dim, heads = config.dim, config.resolved_memory_heads
     kinds = 1 + config.memory_momentum + config.memory_forgetting
     gates = kinds * heads * (config.memory_depth if config.memory_per_layer_gates else 1)
-    flops = 2.0 * dim * (5 * dim + gates) + 3 * 2.0 * config.conv_kernel * dim
+    h3 = config.arrangement == "h3"  # one convolution, and the query is the gate
+    flops = 2.0 * dim * ((4 if h3 else 5) * dim + gates) + (1 if h3 else 3) * 2.0 * config.conv_kernel * dim
     widths = config.memory_shapes
     if config.variant == "mac":
         read = 2.0 * heads * sum(a * b for a, b in widths) + 2.0 * 4 * dim**2  # the way out, then attention's k and v

@@ -47,7 +47,7 @@ def find_documents(starts: Tensor, config: ModelConfig, dtype: torch.dtype) -> D
         )
     places = positions - (positions * starts).cummax(dim=1).values
     masks: tuple[Tensor, ...] = ()
-    if config.has_attention and config.variant != "mac":
+    if config.has_attention and config.variant not in ("mac", "rmt"):
         window = None if config.variant == "transformer" else config.window
         masks = document_masks(places, window, config.num_persistent if config.has_memory else 0, dtype)
     return Documents(grid, places, places[:, ::grid] == 0, masks)

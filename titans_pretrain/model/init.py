@@ -35,6 +35,7 @@ def rule_for(name: str, config: ModelConfig) -> Rule:
     table = {
         "embedding.weight": Rule("normal", config.dim**-0.5, decay=True),
         "head.weight": Rule("fan_in", 1.0, decay=True),
+        "memory_tokens.weight": Rule("normal", 1.0),  # as those written later, which a norm gives unit variance
         "persistent": Rule("normal", 1.0),  # joins after a norm, where tokens have unit variance
         "theta_gate.bias": Rule("constant", config.memory_theta_bias),
         "eta_gate.bias": Rule("constant", config.memory_eta_bias),

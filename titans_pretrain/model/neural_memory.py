@@ -20,6 +20,7 @@ from titans_pretrain.memory import (
     initial_state,
     memory_read,
 )
+from titans_pretrain.memory.surprise import scan_with_surprise
 from titans_pretrain.model.convolution import convolve
 from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.layers import CausalConv, RMSNorm, unit
@@ -55,8 +56,33 @@ class MemoryLayerState(NamedTuple):
         return self._replace(memory=begin_chunk(self.memory))
 
 
+class TokenSignals(NamedTuple):
+    """What a memory made of each token [b, t]; fp32, or float64 where the model is. Per head, and per memory layer l."""
+
+    inner_loss: Tensor
+    """[b, t, h]: 0.5 * ||M(k) - v||^2 at the weights of the start of the token's chunk."""
+    gradient_norm: Tensor
+    """[b, t, h, l]: the norm of its gradient, the momentary surprise, which the memory takes a step against."""
+    theta: Tensor
+    """[b, t, h, l]: the step's size."""
+    eta: Tensor | None
+    """[b, t, h, l]: what is kept of the momentum; None: there is none. alpha alike."""
+    alpha: Tensor | None
+    """[b, t, h, l]: what is forgotten."""
+
+
 class NeuralMemory(nn.Module):
-    """One memory network per head that learns, token by token, to map its keys to its values."""
+    """One memory network per head that learns, token by token, to map its keys to its values.
+
+    `config.arrangement` says what stands around the scan, of linear projections q, k, v of the input:
+
+    - llama: convolutions and SiLU on q, k and v; the read leaves through a norm and a SiLU gate of its own.
+    - h3: H3's `q * SSM_diag(SSM_shift(k) * v)` (arXiv 2212.14052), with the memory where its diagonal state-space layer was.
+      The shift is the key's convolution, of `conv_kernel` taps and without SiLU: a state-space layer that shifts is a filter
+      over the last few tokens. q and v have neither. What is written is the product shift(k) * v, and the read is
+      multiplied by q, which takes the gate's place. A state-space layer needs no address, a memory does: it is written at
+      the key shift(k) and read at q, both of unit norm, as H3 with heads does with its outer products (docs/method.md 2).
+    """
 
     def __init__(self, config: ModelConfig, sequence: LocalSequence) -> None:
         super().__init__()
@@ -64,9 +90,10 @@ class NeuralMemory(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
-        self.query_conv = CausalConv(dim, config.conv_kernel)
+        h3 = config.arrangement == "h3"
+        self.query_conv = None if h3 else CausalConv(dim, config.conv_kernel)
         self.key_conv = CausalConv(dim, config.conv_kernel)
-        self.value_conv = CausalConv(dim, config.conv_kernel)
+        self.value_conv = None if h3 else CausalConv(dim, config.conv_kernel)
 
         gates = heads * (config.memory_depth if config.memory_per_layer_gates else 1)
         self.theta_gate = nn.Linear(dim, gates)
@@ -80,7 +107,7 @@ class NeuralMemory(nn.Module):
         self.inner_norm_bias = nn.Parameter(torch.empty(heads, head_dim)) if config.memory_residual_norm else None
 
         self.read_norm = RMSNorm(heads, head_dim, eps=config.norm_eps)
-        self.read_gate = nn.Linear(dim, dim, bias=False)
+        self.read_gate = None if h3 else nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
         self.config = config
@@ -89,6 +116,9 @@ class NeuralMemory(nn.Module):
         self.sequence = sequence
         self.collect_signals = False
         self.signals: dict[str, Tensor] = {}
+        self.collect_tokens = False
+        self.token_signals: list[TokenSignals] = []
+        """Of the calls since `collect_tokens` was set, in order; see Titans.observe."""
 
     # ------------------------------------------------------------------------------------------------ inputs of the scan
 
@@ -96,8 +126,9 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, tail: Tensor | None, sequence: LocalSequence, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [b, t, c] -> unit queries [b, t, h, d] and the convolution's new tail; `sequence` has the tokens before x."""
-        q, tail = self._convolve(self.query(x), self.query_conv, tail, sequence, documents)
-        return unit(q), tail
+        assert self.query_conv is not None
+        q, tail = convolve(self.query(x), self.query_conv, tail, sequence, documents)
+        return unit(self._heads(F.silu(q))), tail
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """x [b, t, c] -> log(1 - alpha), log(eta) and theta, fp32 [b, t, h, l]; None for a gate that is switched off."""
@@ -116,16 +147,9 @@ class NeuralMemory(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.expand(*logits.shape[:-1], self.config.memory_depth)
 
-    def _convolve(
-        self,
-        x: Tensor,
-        conv: CausalConv,
-        tail: Tensor | None,
-        sequence: LocalSequence,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        y, tail = convolve(x, conv, tail, sequence, documents)
-        return F.silu(y).unflatten(-1, (-1, self.head_dim)), tail
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., c] -> [..., h, d]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
     # ------------------------------------------------------------------------------------------------------------- calls
 
@@ -138,7 +162,7 @@ class NeuralMemory(nn.Module):
         if persistent is None:
             return None
         with self.sequence.whole():
-            _, (tails, memory) = self._scan(persistent[None], None)
+            _, _, (tails, memory) = self._scan(persistent[None], None)
         weights, momentum = (
             tuple(x.expand(batch, -1, -1, -1) for x in part) for part in (memory.weights, memory.momentum)
         )
@@ -151,8 +175,12 @@ class NeuralMemory(nn.Module):
         """Write x [b, t, c] into the memory and read it per token, each read including the token's own update -> [b, t, c].
 
         With `documents` the rows of `state` are alike, and every document begins with it."""
-        read, state = self._scan(x, state, documents, signals=self.collect_signals)
-        return self.leave(read, x), state
+        if self.collect_tokens:
+            assert documents is None, "documents that share a row are not looked at token by token"
+            read, query, state = self._observe(x, state)
+        else:
+            read, query, state = self._scan(x, state, documents, signals=self.collect_signals)
+        return self.leave(read, x, query), state
 
     def begin_anew(self, state: MemoryLayerState, rows: Tensor) -> MemoryLayerState:
         """`state`, at the start of a chunk, with the rows where `rows` [b] is true as before the first token."""
@@ -172,9 +200,12 @@ class NeuralMemory(nn.Module):
         """W = W_init, S = 0, for `batch` rows."""
         return initial_state(tuple(self.initial_weights), batch)
 
-    def leave(self, read: Tensor, x: Tensor) -> Tensor:
-        """read [b, t, h, d] -> per-head RMS norm, gate by a linear layer of x, output projection -> [b, t, c]."""
-        return self.output(self.read_norm(read).flatten(-2) * F.silu(self.read_gate(x)))
+    def leave(self, read: Tensor, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """read [b, t, h, d] -> per-head RMS norm, gate by a linear layer of x (by `query` in the h3 arrangement), output
+        projection -> [b, t, c]."""
+        gate = query if self.read_gate is None else F.silu(self.read_gate(x))
+        assert gate is not None, "in the h3 arrangement the query is the gate"
+        return self.output(self.read_norm(read).flatten(-2) * gate)
 
     def _scan(
         self,
@@ -182,19 +213,14 @@ class NeuralMemory(nn.Module):
         state: MemoryLayerState | None,
         documents: Documents | None = None,
         signals: bool = False,
-    ) -> tuple[Tensor, MemoryLayerState]:
-        tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
-        q, query_tail = self.queries(x, tails[0], self.sequence, documents)
-        k, key_tail = self._convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
-        v, value_tail = self._convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
-        log_gamma, log_eta, theta = self.gates(x)
+    ) -> tuple[Tensor, Tensor | None, MemoryLayerState]:
+        """-> the read [b, t, h, d], in the h3 arrangement the query as projected [b, t, c], and the state."""
+        (q, k, v), query, tails, gates = self._scan_inputs(x, state, documents)
         result = self.sequence.memory_scan(
             q,
-            unit(k),
+            k,
             v,
-            log_gamma,
-            log_eta,
-            theta,
+            *gates,
             tuple(self.initial_weights),
             self.inner_norm_weight,
             self.inner_norm_bias,
@@ -205,8 +231,49 @@ class NeuralMemory(nn.Module):
             return_signals=signals,
         )
         if signals:
-            self._record(result[2], log_gamma, log_eta, theta)
-        return result[0], MemoryLayerState((query_tail, key_tail, value_tail), result[1])
+            self._record(result[2], *gates)
+        return result[0], query, MemoryLayerState(tails, result[1])
+
+    def _observe(self, x: Tensor, state: MemoryLayerState | None) -> tuple[Tensor, Tensor | None, MemoryLayerState]:
+        """`_scan`, and the signals of every token."""
+        (q, k, v), query, tails, (log_gamma, log_eta, theta) = self._scan_inputs(x, state)
+        read, memory, surprise = scan_with_surprise(
+            q, k, v, log_gamma, log_eta, theta, tuple(self.initial_weights), self.inner_norm_weight,
+            self.inner_norm_bias, None if state is None else state.memory, self.options,
+        )  # fmt: skip
+        alpha = None if log_gamma is None else -torch.expm1(log_gamma)
+        self.token_signals.append(TokenSignals(*surprise, theta, None if log_eta is None else log_eta.exp(), alpha))
+        return read, query, MemoryLayerState(tails, memory)
+
+    def _scan_inputs(
+        self, x: Tensor, state: MemoryLayerState | None, documents: Documents | None = None
+    ) -> tuple[
+        tuple[Tensor, ...],
+        Tensor | None,
+        tuple[Tensor, Tensor, Tensor],
+        tuple[Tensor | None, Tensor | None, Tensor],
+    ]:
+        """x [b, t, c] -> q, k, v [b, t, h, d], in the h3 arrangement the query as projected [b, t, c], the convolutions' new
+        tails, and `gates`."""
+        tails: tuple[Tensor | None, ...] = (None, None, None) if state is None else state.tails
+        query = self.query(x) if self.query_conv is None else None
+        if query is None:
+            q, query_tail = self.queries(x, tails[0], self.sequence, documents)
+        else:
+            q, query_tail = unit(self._heads(query)), query.new_empty(len(x), 0, query.shape[-1])
+        k, key_tail = convolve(self.key(x), self.key_conv, tails[1], self.sequence, documents)
+        if self.value_conv is None:
+            v, value_tail = k * self.value(x), k.new_empty(len(x), 0, k.shape[-1])
+        else:
+            k = F.silu(k)
+            v, value_tail = convolve(self.value(x), self.value_conv, tails[2], self.sequence, documents)
+            v = F.silu(v)
+        return (
+            (q, unit(self._heads(k)), self._heads(v)),
+            query,
+            (query_tail, key_tail, value_tail),
+            self.gates(x),
+        )
 
     @torch.no_grad()
     def _record(

@@ -15,8 +15,9 @@ from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.gated_deltanet import GatedDeltaNet
 from titans_pretrain.model.layers import LanguageModelHead, RMSNorm, rotary_table
 from titans_pretrain.model.linear_attention import LinearAttention
-from titans_pretrain.model.neural_memory import NeuralMemory
+from titans_pretrain.model.neural_memory import NeuralMemory, TokenSignals
 from titans_pretrain.model.recurrence import RecurrentBlock, RecurrentHybridBlock
+from titans_pretrain.model.rmt import RMTBlock, SegmentRecurrence
 from titans_pretrain.model.sequence import LocalSequence
 
 
@@ -26,13 +27,32 @@ class ModelState(NamedTuple):
     position: int
     """Tokens consumed so far; of the longest row where rows differ."""
     blocks: tuple[Any, ...]
-    """One state per block."""
+    """One state per block; of variant rmt one for all of them."""
     row_positions: Tensor | None = None
     """int64 [b]: tokens consumed by each row, where rows differ; see model/rows.py."""
 
 
-def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
+def state_bytes(state: Any) -> int:
+    """Bytes of memory that the tensors of a state keep alive: each storage once and whole, so a small view of a large
+    tensor counts as the large one."""
+    storages: dict[int, int] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, (tuple, list)):
+            for item in part:
+                visit(item)
+
+    visit(state)
+    return sum(storages.values())
+
+
+def build_block(config: ModelConfig, sequence: LocalSequence) -> Block | RMTBlock:
     """The block of `config.variant`."""
+    if config.variant == "rmt":
+        return RMTBlock(config, sequence)
     if config.variant == "transformer":
         return TransformerBlock(config, sequence, window=None)
     if config.variant == "sliding_window":
@@ -47,9 +67,12 @@ def build_block(config: ModelConfig, sequence: LocalSequence) -> Block:
     return titans[config.variant](config, sequence)
 
 
-def run_block(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None = None) -> Tensor:
-    """A block over whole sequences. The state is dropped here, inside what is compiled, so that no gradient of it is made."""
-    return block(x, rotary, None, documents)[0]
+def run_block(
+    block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], sight: Documents | Tensor | None = None
+) -> Tensor:
+    """A block over whole sequences, or of rmt over a whole segment. The state is dropped here, inside what is compiled, so
+    that no gradient of it is made. `sight`: the documents in the rows; of rmt the mask of the segment."""
+    return block(x, rotary, None, sight)[0]
 
 
 class Titans(nn.Module):
@@ -69,6 +92,7 @@ class Titans(nn.Module):
         self.sequence = sequence or LocalSequence()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(build_block(config, self.sequence) for _ in range(config.num_layers))
+        self.segments = SegmentRecurrence(config) if config.variant == "rmt" else None
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = LanguageModelHead(config.dim, config.vocab_size, loss_chunk)
         if config.tie_embeddings:
@@ -90,36 +114,44 @@ class Titans(nn.Module):
         """
         x = self.embedding(tokens)
         documents = None
-        if document_starts is None:
-            rotary = self._rotary(0, tokens)
-        else:
+        if document_starts is not None:
             if document_starts.dtype != torch.bool or document_starts.shape != tokens.shape:
                 raise ValueError(
                     f"document_starts must be bool {list(tokens.shape)} as the tokens, not {document_starts.dtype} "
                     f"{list(document_starts.shape)}"
                 )
             documents = self.sequence.documents(document_starts, self.config, x.dtype)
+        if self.segments is not None:
+            return self.head(self.norm(self.segments(x, self.blocks, self._run, documents)), labels)
+        rotary = self._rotary(0, tokens)
+        if documents is not None:
             rotary = rotary_table(documents.places, self.config.head_dim, self.config.rope_theta)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # determinism_check compares shapes, which ZeRO-3 changes when it releases gathered parameters
-                x = checkpoint(
-                    self._run_block,
-                    block,
-                    x,
-                    rotary,
-                    documents,
-                    use_reentrant=False,
-                    determinism_check="none",
-                    context_fn=self.sequence.checkpoint_contexts,
-                )
-            else:
-                x = self._run_block(block, x, rotary, documents)
+            x = self._run(block, x, rotary, documents)
         return self.head(self.norm(x), labels)
+
+    def _run(
+        self, block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], sight: Documents | Tensor | None
+    ) -> Tensor:
+        """`run_block` in training: compiled, or run again in the backward pass, where that is asked for."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return self._run_block(block, x, rotary, sight)
+        # determinism_check compares shapes, which ZeRO-3 changes when it releases gathered parameters
+        return checkpoint(
+            self._run_block,
+            block,
+            x,
+            rotary,
+            sight,
+            use_reentrant=False,
+            determinism_check="none",
+            context_fn=self.sequence.checkpoint_contexts,
+        )
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch.compile make one kernel-fused program of the blocks' forward in `forward`, each block by itself: all
-        share one program. Parameter names stay; `hidden` runs as written, since its state grows and moves with every call.
+        share one program (of rmt two: the last segment of a row writes no memory). Parameter names stay; `hidden` runs as
+        written, since its state grows and moves with every call.
         """
         self._run_block = torch.compile(run_block, backend=backend, fullgraph=True, dynamic=False)
 
@@ -143,12 +175,15 @@ class Titans(nn.Module):
             )
         x = self.embedding(tokens)
         states = []
+        after = None if row_positions is None else row_positions + 1
+        if self.segments is not None:
+            x, recurrent = self.segments.advance(x, self.blocks, None if state is None else state.blocks[0])
+            return self.norm(x), ModelState(position + tokens.shape[1], (recurrent,), after)
         with self.sequence.whole():
             rotary = self._rotary(position, tokens) if row_positions is None else self._rotary_of_rows(row_positions)
             for i, block in enumerate(self.blocks):
                 x, block_state = block(x, rotary, None if state is None else state.blocks[i])
                 states.append(block_state)
-        after = None if row_positions is None else row_positions + 1
         return self.norm(x), ModelState(position + tokens.shape[1], tuple(states), after)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -163,6 +198,22 @@ class Titans(nn.Module):
     def signals(self) -> dict[str, Tensor]:
         """Scalars of the last forward on this rank, named block_N/NAME; none for models without memory."""
         return {f"block_{i}/{name}": value for i, memory in self._memories() for name, value in memory.signals.items()}
+
+    @torch.no_grad()
+    def observe(
+        self, tokens: Tensor, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState, dict[int, TokenSignals]]:
+        """`hidden`, and by block number what each memory made of every token; empty for models without memory."""
+        memories = self._memories()
+        for _, memory in memories:
+            memory.collect_tokens = True
+        try:
+            hidden, state = self.hidden(tokens, state)
+            found = {i: _join(memory.token_signals) for i, memory in memories}
+        finally:
+            for _, memory in memories:
+                memory.collect_tokens, memory.token_signals = False, []
+        return hidden, state, found
 
     def _memories(self) -> list[tuple[int, NeuralMemory]]:
         found = []
@@ -179,3 +230,9 @@ class Titans(nn.Module):
     def _rotary_of_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The table of one token a row, the rows at `positions` [b]."""
         return rotary_table(positions[:, None], self.config.head_dim, self.config.rope_theta)
+
+
+def _join(parts: list[TokenSignals]) -> TokenSignals:
+    """One after another in time: MAC's memory sees a segment at a time."""
+    fields = zip(*parts, strict=True)
+    return TokenSignals(*(None if xs[0] is None else torch.cat(xs, dim=1) for xs in fields))  # type: ignore[arg-type]

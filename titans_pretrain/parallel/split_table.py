@@ -57,6 +57,7 @@ TABLE: dict[str, int | None] = {
     "feed_forward.up.weight": 0,
     "feed_forward.down.weight": 1,
     "persistent": None,
+    "memory_tokens.weight": None,
     "mixer_norm.weight": None,
     "attention_norm.weight": None,
     "memory_norm.weight": None,

@@ -101,21 +101,27 @@ def trace(config: Config, layout: Layout, rows: int, device: str, keep_gradients
     live = kept.live
     more = config.model.num_layers - len(model.blocks)
     if more:
-        # What the second block adds, every further one adds. Backward passes come in the opposite order.
-        first, second = after_blocks[:2]
-        second_backward, first_backward = before_backwards
-        live += more * (second.live - first.live)
-        states += more * (second.states - first.states)
-        for window in (FORWARD, LAST):
-            peaks[window] += more * (second.live - first.live)
+        # What the second block adds, every further one adds. Backward passes come in the opposite order. The blocks of rmt
+        # run once for every segment.
+        for first, second in _pairs(after_blocks):
+            live += more * (second.live - first.live)
+            states += more * (second.states - first.states)
+            for window in (FORWARD, LAST):
+                peaks[window] += more * (second.live - first.live)
+            traffic = {
+                axis: sent + (second.traffic[axis] - first.traffic[axis]) * more for axis, sent in traffic.items()
+            }
+        for second, first in _pairs(before_backwards):
+            traffic = {
+                axis: sent + (first.traffic[axis] - second.traffic[axis]) * more for axis, sent in traffic.items()
+            }
         peaks[FIRST] += more * block_gradients
-        traffic = {
-            axis: sent
-            + (second.traffic[axis] - first.traffic[axis]) * more
-            + (first_backward.traffic[axis] - second_backward.traffic[axis]) * more
-            for axis, sent in traffic.items()
-        }
     return Trace(peaks, live, states, traffic)
+
+
+def _pairs(snapshots: list[_Snapshot]) -> Iterator[tuple[_Snapshot, _Snapshot]]:
+    """Those of the two blocks, pass by pass."""
+    return zip(snapshots[::2], snapshots[1::2], strict=True)
 
 
 def _note_passage(

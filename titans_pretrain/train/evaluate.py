@@ -23,6 +23,7 @@ from titans_pretrain.model import Titans
 from titans_pretrain.model.titans import ModelState
 from titans_pretrain.parallel.grid import Grid
 from titans_pretrain.train.engine import Engine
+from titans_pretrain.train.needles import NeedleEvaluation
 
 
 class ValidationSet(NamedTuple):
@@ -75,6 +76,11 @@ class Evaluation:
         first = next(iter(self.sets.values()))[0].stream.row(0).tokens
         self.prefix = torch.from_numpy(first[None, : min(PREFIX_TOKENS, self.seq_len)].copy())
         """int64 [1, n]: the validation tokens whose logits checkpoints keep."""
+        self._needles = NeedleEvaluation(config, held_out[0][0].shards, grid) if config.eval.needle_lengths else None
+
+    def find_needles(self, engine: Engine) -> dict[str, float]:
+        """What `NeedleEvaluation` measures; nothing without eval.needle_lengths. Collective."""
+        return self._needles.run(engine) if self._needles else {}
 
     def run(self, engine: Engine) -> dict[str, float]:
         """Mean token loss in nats: {"valid_loss": ...} at seq_len, {"valid_loss_xN": ...} at N times it; where there are

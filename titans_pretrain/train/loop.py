@@ -172,7 +172,7 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
         engine.place(starting_weights(Path(config.run.init_from)))
     report.start(progress, flops_per_token(config.model, config.data.seq_len), course.steps.num_steps)
     if progress.step == 0:
-        report.evaluation(progress, evaluation.run(engine))
+        report.evaluation(progress, evaluation.run(engine), evaluation.find_needles(engine))
 
     loader = BatchLoader(
         course.mixture,
@@ -314,7 +314,7 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             if complete or (every(config.eval.interval, progress.step) and not asked):
                 heart.phase("evaluate", progress.step)
                 model.set_signals(False)
-                report.evaluation(progress, evaluation.run(engine))
+                report.evaluation(progress, evaluation.run(engine), evaluation.find_needles(engine))
             heart.phase("save", progress.step)
             if saver.busy and shared[:, 2].all():
                 saver.finish()

@@ -4,7 +4,8 @@ metrics.jsonl holds one object per optimizer step (step, tokens, loss, perplexit
 tflops, mfu, memory_bytes, seconds; at log intervals the memory's signals and, of a mixture, tokens/NAME and epochs/NAME
 that each source has served since its stream began; slowest_rank, its slowest_rank_seconds of forward passes and
 slowest_rank_ratio to the median rank's) and one per evaluation (step, tokens, valid_loss, valid_perplexity, and
-of a mixture valid_loss/NAME, ...). Losses are nats per token, over all ranks; memory is the largest rank's.
+of a mixture valid_loss/NAME, ...; with eval.needle_lengths needle_accuracy/LENGTH, the share of an answer's tokens that are the
+likeliest, and needle_nll/LENGTH). Losses are nats per token, over all ranks; memory is the largest rank's.
 """
 
 from __future__ import annotations
@@ -170,12 +171,16 @@ class Reporter:
             f"ETA {duration(per_step * (total - row['step']))}"
         )
 
-    def evaluation(self, progress: Progress, losses: Mapping[str, float]) -> None:
-        """Validation losses, named as evaluate.py names them. Only rank 0 writes."""
+    def evaluation(
+        self, progress: Progress, losses: Mapping[str, float], needles: Mapping[str, float] | None = None
+    ) -> None:
+        """Validation losses and needle scores, named as evaluate.py and needles.py name them. Only rank 0 writes."""
+        needles = needles or {}
         perplexities = {name.replace("loss", "perplexity", 1): perplexity(loss) for name, loss in losses.items()}
         if self._metrics is not None:
-            self._write({"step": progress.step, "tokens": progress.tokens, **losses, **perplexities})
+            self._write({"step": progress.step, "tokens": progress.tokens, **losses, **perplexities, **needles})
         parts = [f"{name} {loss:.4f} (perplexity {perplexity(loss):,.2f})" for name, loss in losses.items()]
+        parts += [f"{name} {value:.4f}" for name, value in needles.items()]
         self.say(f"step {progress.step} | {' | '.join(parts)}")
 
     def record(self, row: Mapping[str, float]) -> None:
@@ -250,6 +255,8 @@ def _board_name(name: str) -> str:
         return f"data/{name.replace('/', '_of_', 1)}"
     if name.startswith("valid"):
         return "valid/" + name.replace("/", "_of_", 1)
+    if name.startswith("needle_"):
+        return "needle/" + name.removeprefix("needle_").replace("/", "_at_")
     if "/" in name:
         return "memory/" + name
     if name.startswith("checkpoint_"):

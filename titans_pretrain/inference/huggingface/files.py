@@ -11,7 +11,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from titans_pretrain.config import Config
-from titans_pretrain.inference.tokenizer import Tokenizer
+from titans_pretrain.data.tokenizer import Tokenizer
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 SPACE = "\u2581"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titans_pretrain.data.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
-from titans_pretrain.inference.tokenizer import Tokenizer
 
 TEXTS = [
     "",

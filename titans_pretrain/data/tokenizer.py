@@ -60,6 +60,10 @@ class Tokenizer:
         """The text of `ids`. Control ids have none; bytes that are not UTF-8 become U+FFFD, one each."""
         return self._model.decode(list(ids))
 
+    def piece(self, token: int) -> str:
+        """The name of an id in the vocabulary, such as "▁the", "<0xE2>" or "<s>"."""
+        return self._model.id_to_piece(token)
+
     def stream(self, context: Sequence[int] = ()) -> StreamingDecoder:
         """A decoder of what follows `context`: the text of context is not repeated."""
         decoder = StreamingDecoder(self)
