@@ -85,19 +85,26 @@ def extend_numbers(lengths: list[int]) -> list[tuple[bool, bool, bool]]:
 LAYERS = 4
 SCAN_TIME = 0.1
 """Seconds that a rank's scan of its tokens is made to take, forward and again backward: far more than the rest."""
+SERIAL = 2 * LAYERS * SCAN_TIME
 
 
 def test_ranks_are_on_different_layers_at_the_same_time() -> None:
-    first, last = run_distributed(trace_of_scans, 2)
-    for way, early, late in (("forward", first, last), ("backward", last, first)):
-        assert len(early[way]) == len(late[way]) == LAYERS
-        for layer in range(LAYERS - 1):
-            assert early[way][layer + 1][0] < late[way][layer][1], f"{way}: no overlap at layer {layer}"
-        for layer in range(LAYERS):
-            assert early[way][layer][1] <= late[way][layer][0], f"{way}: layer {layer} ran before its state was there"
-        spent = late[way][-1][1] - early[way][0][0]
-        serial = 2 * LAYERS * SCAN_TIME
-        assert spent < 0.85 * serial, f"{way} took {spent:.2f} s, one after the other would be {serial:.2f} s"
+    spent: dict[str, float] = {}
+    for _ in range(3):  # on a busy machine one trial in many takes long for other reasons; the order must hold in all
+        first, last = run_distributed(trace_of_scans, 2)
+        for way, early, late in (("forward", first, last), ("backward", last, first)):
+            assert len(early[way]) == len(late[way]) == LAYERS
+            for layer in range(LAYERS - 1):
+                assert early[way][layer + 1][0] < late[way][layer][1], f"{way}: no overlap at layer {layer}"
+            for layer in range(LAYERS):
+                assert early[way][layer][1] <= late[way][layer][0], (
+                    f"{way}: layer {layer} ran before its state was there"
+                )
+            trial = late[way][-1][1] - early[way][0][0]
+            spent[way] = min(trial, spent.get(way, trial))
+        if max(spent.values()) < 0.85 * SERIAL:
+            return
+    raise AssertionError(f"{spent} s at best, one rank after the other would be {SERIAL:.2f} s")
 
 
 class _SlowBackward(torch.autograd.Function):
