@@ -30,7 +30,7 @@ demo:
 	@$(MAKE) --no-print-directory install
 	@bash launch/demo.sh "$(VARIANT)" "$(LAYOUT)"
 
-# Three at a time, of one thread each; those on SLURM, which mostly wait, follow each other on one.
+# Three at a time, of one thread each; those on SLURM, which mostly wait, follow each other on two clusters.
 # TESTS="tests/model -k mac" runs a part.
 TESTS ?=
 test: lint

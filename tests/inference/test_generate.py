@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -103,41 +104,29 @@ def test_state_bytes_counts_whole_storages_once() -> None:
     assert state_bytes((x, x.clone())) == 8000
 
 
-def live_tensors() -> int:
-    gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+FAR = {variant: 4096 if variant == "lmm" else 1024 for variant in VARIANTS if variant != "transformer"}
 
 
-@pytest.mark.parametrize(
-    ("variant", "length"),
-    [
-        *((v, 1024) for v in ("mac", "mag", "mal", "sliding_window", "rmt")),
-        ("lmm", 4096),
-        *((v, 1024) for v in ("gated_deltanet", "gated_deltanet_swa", "linear_attention")),
-    ],
-)
-def test_tokens_far_past_the_training_length_need_constant_memory(
-    variant: str, length: int, tmp_path: Path, tokenizer_file: Path
-) -> None:
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("far")
+    words = [f"{variant}={length}" for variant, length in FAR.items()]
+    command = [sys.executable, "-m", "tests.inference.far_process", str(folder), str(tokenizer_file), *words]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("variant", FAR)
+def test_tokens_far_past_the_training_length_need_constant_memory(variant: str, far: dict[str, Any]) -> None:
     """The tiny model's training length is 32. Of the tokens after it, the second half may need no more than the first."""
-    folder = tmp_path / "export"
-    small = dict(num_layers=1, dim=8, num_heads=1, hidden_dim=8, window=24, segment_len=24, num_persistent=2)
-    tiny_export(folder, tokenizer_file, variant, **small)
-    generation = Generation(load_export(folder).model, random_ids(32), max_new_tokens=length, seed=1, piece=16)
-    process = psutil.Process()
-    peaks, tensors, resident = [], [], []
-    next(generation), next(generation)  # the first state still holds the arrays of the prompt's last piece
-    live_tensors()  # its list of all objects takes tens of MiB where many packages are loaded: not for the first time below
-    for half in (length // 2 - 2, length // 2):
-        peaks.append(max(state_bytes(generation.state) for _ in itertools.islice(generation, half)))
-        resident.append(process.memory_info().rss)
-        tensors.append(live_tensors())
-    assert generation.remaining == 0
-    assert generation.state.position == 32 + length - 1
-    assert peaks[0] == peaks[1]
-    assert tensors[0] == tensors[1]
-    # Other tests of this process leave pages that come and go; tests/inference/test_long.py asks for less over more tokens.
-    assert resident[1] - resident[0] < 16 << 20
+    found = far[variant]
+    assert found["remaining"] == 0
+    assert found["position"] == 32 + FAR[variant] - 1
+    assert found["peaks"][0] == found["peaks"][1]
+    assert found["tensors"][0] == found["tensors"][1]
+    # tests/inference/test_long.py asks for less over more tokens.
+    assert found["resident"][1] - found["resident"][0] < 8 << 20
 
 
 def test_only_the_transformer_grows(tmp_path: Path, tokenizer_file: Path) -> None:

@@ -19,7 +19,10 @@ from tests.launch.slurm import ROOT, Cluster, Job, write_config
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, read_metrics, tiny_tree
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+# Two clusters, each with its tests one after another on a worker of pytest-xdist: most of their time is waiting.
+on_the_first = pytest.mark.xdist_group("slurm-1")
+on_the_second = pytest.mark.xdist_group("slurm-2")
 
 WHOLE = bool(os.environ.get("TITANS_CLUSTER"))
 """All ten preemptions, rather than one of each kind."""
@@ -54,6 +57,7 @@ def assert_equals_unbroken(job: Job, config: dict[str, dict[str, Any]], folder: 
             assert mine[key] == other[key], (mine["step"], key)
 
 
+@on_the_second
 def test_the_demo_config_on_two_nodes_is_one_machine(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """By `sbatch launch/slurm.sbatch` itself, two ranks on each node."""
     words = [f"data.path={dataset}", f"run.dir={tmp_path}", "run.name=demo", "run.device=cpu", "model.num_layers=2"]
@@ -101,6 +105,7 @@ def outrank(job: Job) -> None:
     job.cluster.run("sbatch", "-p", "high", "-N3", "-c8", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
+@on_the_first
 def test_preempted_again_and_again_it_is_the_unbroken_run(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     ways = [signal_batch, requeue, outrank, term_ranks]
     ways = [ways[n % 4] for n in range(10)] if WHOLE else ways
@@ -125,6 +130,7 @@ def test_preempted_again_and_again_it_is_the_unbroken_run(cluster: Cluster, data
     assert "is finished: nothing to do" in job.log()
 
 
+@on_the_first
 @pytest.mark.skipif(not WHOLE, reason="two minutes; TITANS_CLUSTER=1 runs it")
 def test_the_time_limit_is_one_more_preemption(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """SLURM sends the signal that announces the limit, some time before it is due."""
@@ -136,6 +142,8 @@ def test_the_time_limit_is_one_more_preemption(cluster: Cluster, dataset: Path, 
     assert_equals_unbroken(job, config, tmp_path / "one")
 
 
+@on_the_first
+@pytest.mark.skipif(not WHOLE, reason="a minute and a half; TITANS_CLUSTER=1 runs it")
 def test_a_drained_node_is_left_and_a_cancelled_job_can_be_submitted_again(
     cluster: Cluster, dataset: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +167,7 @@ def test_a_drained_node_is_left_and_a_cancelled_job_can_be_submitted_again(
     assert_equals_unbroken(again, config, tmp_path / "one")
 
 
+@on_the_first
 def test_a_dead_node_costs_one_life(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, tmp_path, 150, cluster__attempts=1)
     job = cluster.submit(write_config(tmp_path, config))
@@ -178,6 +187,7 @@ def test_a_dead_node_costs_one_life(cluster: Cluster, dataset: Path, tmp_path: P
         cluster.run("scontrol", "update", f"nodename={host}", "state=resume", check=False)
 
 
+@on_the_second
 def test_a_stuck_rank_is_named_and_the_job_goes_on(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     stall = 15  # a crowded machine may take seconds over a step
     config = tree(dataset, tmp_path, 120, faults__stall_seconds=stall, cluster__attempts=4)
@@ -205,6 +215,7 @@ def test_a_stuck_rank_is_named_and_the_job_goes_on(cluster: Cluster, dataset: Pa
     assert cluster.processes(job.run) == []
 
 
+@on_the_second
 def test_a_full_disk_and_then_room_again(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     config = tree(dataset, cluster.small, 100, run__name="full", cluster__attempts=1, model__num_layers=3)
     job = cluster.submit(write_config(tmp_path, config))
@@ -264,6 +275,7 @@ FAULTS = {
 }
 
 
+@on_the_second
 @pytest.mark.parametrize("fault", [*FAULTS, "run folder"])
 def test_preflight_finds_a_bad_node_and_the_job_goes_on_without_it(
     fault: str, cluster: Cluster, dataset: Path, tmp_path: Path
@@ -309,6 +321,7 @@ def test_preflight_finds_a_bad_node_and_the_job_goes_on_without_it(
             path.parent.rmdir()
 
 
+@on_the_second
 def test_a_sweep_of_six_two_at_a_time(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """One loses a rank and is tried again, one can never start; submitted again, only that one runs."""
     config = tree(dataset, tmp_path, 60, cluster__nodes=1, cluster__attempts=2, model__variant="transformer")
