@@ -45,7 +45,10 @@ def read_metrics(run: Path) -> Metrics:
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is damaged: {error}") from error
-        (metrics.steps if "loss" in row else metrics.evaluations).append(row)
+        if "loss" in row:
+            metrics.steps.append(row)
+        elif "valid_loss" in row:  # others say what a checkpoint took
+            metrics.evaluations.append(row)
     return metrics
 
 

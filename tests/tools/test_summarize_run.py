@@ -31,6 +31,7 @@ def make_run(folder: Path, *, steps: int = 20, evaluations: int = 2) -> Path:
     ]
     if evaluations > 1:
         rows.append({"step": steps, "tokens": 1024 * steps, "valid_loss": 5.0, "valid_loss_x8": 5.5})
+        rows.append({"step": steps, "checkpoint_step": steps, "checkpoint_bytes": 1000})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "tensorboard").mkdir()
     return run
