@@ -185,6 +185,7 @@ def run_local(runs: Sequence[Run], parallel: int, retry_failed: bool = False) ->
             if heard:
                 for _, process, _ in places.values():
                     process.send_signal(signal.SIGTERM)
+                for _, process, _ in places.values():
                     process.wait()
             for place, (run, process, since) in list(places.items()):
                 if process.poll() is not None:

@@ -146,13 +146,12 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             report.say(f"source {source.name}: weight {source.weight:g}, {sequences}, {source.shards.path}")
     if evaluation.without:
         report.say(f"no part in the validation loss, having no validation split: {', '.join(evaluation.without)}")
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     if config.model.variant.startswith("gated_deltanet"):
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         width, documents = config.model.memory_head_dim, config.data.reset_at_documents
         path = delta_rule.describe_path(grid.device, dtype, width, documents, config.model.compile)
         report.say(f"delta rule: {path}")
     if config.model.has_memory:
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         report.say(
             f"memory operator: {describe_path(config.model, grid.device, dtype, config.data.reset_at_documents)}"
         )
