@@ -1,8 +1,8 @@
 """The Triton kernels against the closed form, run by Triton's interpreter on the CPU; and do they compile for a GPU?
 
 tests/conftest.py chooses the interpreter. It runs every program of every launch in NumPy, so shapes are small. It shows that
-the arithmetic is right, not what only a GPU has: races within a program, speed. In bf16 operands are rounded as a GPU rounds
-them (memory/triton/parts.py).
+the arithmetic is right; what it would let pass and a GPU would not (races, accesses outside an array, memory used before it is
+set) is watched by tests/memory/sanitizer.py. In bf16 operands are rounded as a GPU rounds them (memory/triton/parts.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ from tools.compile_kernels import record
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[None]:
+    """Every launch. And torch.empty gives NaN, so that what is used before it is set shows in the results."""
+    from tests.memory.sanitizer import watch_kernels  # needs the package triton
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with watch_kernels():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def calm_problem(
@@ -106,6 +120,7 @@ def assert_equal_to_closed_form(
         (20, 16, dict(hidden=128)),
         (20, 16, dict(width=12)),
         (20, 16, dict(width=24, hidden=128)),
+        (20, 16, dict(width=80, hidden=64)),
     ],
 )
 def test_equals_the_closed_form(length: int, chunk: int, changes: dict) -> None:
@@ -130,9 +145,12 @@ def test_ranges_and_checkpoints_change_nothing(chunk: int, monkeypatch: pytest.M
     assert_equal_to_closed_form(problem, None, MemoryOptions(chunk))
 
 
-@pytest.mark.parametrize(("chunk", "length", "hidden"), [(16, 36, 16), (16, 36, 128), (128, 260, 16), (256, 600, 16)])
-def test_documents_begin_anew(chunk: int, length: int, hidden: int) -> None:
-    problem = calm_problem(length, hidden=hidden, batch=2)
+@pytest.mark.parametrize(
+    ("chunk", "length", "changes"),
+    [(16, 36, {}), (16, 36, dict(hidden=128)), (16, 36, dict(momentum=False)), (128, 260, {}), (256, 600, {})],
+)
+def test_documents_begin_anew(chunk: int, length: int, changes: dict) -> None:
+    problem = calm_problem(length, batch=2, **changes)
     starts = torch.tensor([[True, False, True], [False, True, False]])
     state = make_state(problem.to(torch.float64), 0)
     state = MemoryState(*(tuple(x.float() for x in field) for field in state[:3]), 0)

@@ -40,6 +40,7 @@ class Call:
         self.gain = self.theta if inputs.norm_weight is None else self.pad(inputs.norm_weight.float())
         self.bias = self.theta if inputs.norm_bias is None else self.pad(inputs.norm_bias.float())
         starts = inputs.document_starts
+        self.resets = starts is not None
         self.starts = self.theta if starts is None else starts.to(torch.float32).contiguous()
 
         operand = OPERANDS[self.q.dtype]
@@ -53,7 +54,7 @@ class Call:
         }  # fmt: skip
         whole = {**network, "TILES_PER_CHUNK": s.tiles_per_chunk}
         gelu, norm = {"GELU": options.activation == "gelu"}, {"NORM": inputs.norm_weight is not None}
-        resets, every = {"STARTS": starts is not None}, {"CHECKPOINT_EVERY": s.checkpoint_every}
+        resets, every = {"STARTS": self.resets}, {"CHECKPOINT_EVERY": s.checkpoint_every}
         scan = {"SIZE": s.matrix, "SLICES": s.slices, "BLOCK": s.block, "OPERAND": operand}
         self.constants: dict[str, dict[str, Any]] = {
             "gates": gates,
@@ -82,12 +83,19 @@ class Call:
             w - w0 if self.toward_init else w for w, w0 in zip(inputs.weights, inputs.initial_weights, strict=True)
         ]
         self.initial = torch.cat([self.pack(*moved), self.pack(*inputs.momentum)], -2).flatten(0, 1).unsqueeze(1)
-        if starts is not None:
+        if self.resets:
             self.initial *= self.kept(0)
 
     def kept(self, chunk: int) -> Tensor:
         """[n, 1, 1, 1, 1]: 0 where a document starts with the chunk, else 1."""
         return (1.0 - self.starts[:, chunk]).repeat_interleave(self.shapes.heads)[:, None, None, None, None]
+
+    def handed_through(self, momentum: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What becomes of [b, h, in, out] where there is no momentum: nothing, but where a document starts in the row."""
+        if not self.resets:
+            return tuple(x.clone(memory_format=torch.contiguous_format) for x in momentum)
+        kept = 1.0 - self.starts.amax(1)[:, None, None, None]
+        return tuple((x * kept).contiguous() for x in momentum)
 
     def floats(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)

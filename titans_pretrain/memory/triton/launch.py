@@ -59,7 +59,7 @@ def forward(inputs: ScanInputs, options: MemoryOptions, save: bool) -> ScanResul
                 for w, w0 in zip(matrices, inputs.initial_weights, strict=False):
                     w += w0
         if inputs.log_eta is None:
-            momentum = tuple(x.clone(memory_format=torch.contiguous_format) for x in inputs.momentum)
+            momentum = call.handed_through(inputs.momentum)
         else:
             momentum = call.unpack(call.per_head(running[..., 2:, :]))
         return ScanResult(out, weights, momentum, anchors, surprise.sum(), (slope, checkpoints) if save else ())
@@ -180,8 +180,8 @@ def backward(
 
         d_moved = call.per_head(running[..., :2, :])
         d_momentum: tuple[Tensor, ...] = call.unpack(call.per_head(running[..., 2:, :]))
-        if inputs.log_eta is None:  # momentum is handed through
-            d_momentum = tuple(x.clone() for x in grads.momentum) or tuple(torch.zeros_like(x) for x in d_momentum)
+        if inputs.log_eta is None:
+            d_momentum = call.handed_through(grads.momentum or tuple(torch.zeros_like(x) for x in d_momentum))
         initial_grads: tuple[Tensor, ...]
         if call.toward_init:
             initial_grads = call.unpack(base_grad - d_moved.sum(0))
