@@ -366,6 +366,9 @@ class EngineConfig:
     loss_chunk: int = 2048
     """Tokens whose logits exist at one time in the cross entropy. Default: 250 MB of fp32 logits at a 32K
     vocabulary."""
+    gc_interval: int = 100
+    """Steps between Python's garbage collections, which all ranks make at the same step: left to Python they come at another
+    moment on every rank, and the others wait. 0: leave them to Python. Default 100: a step leaves little behind."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys merged last, for the expert. A key that this stack sets itself is an error."""
 
@@ -799,10 +802,9 @@ def _check_ranges(config: Config) -> None:
     not_negative = (
         "model.hidden_dim model.vocab_size model.num_persistent model.memory_heads model.memory_theta_max "
         "data.micro_batch data.max_bad optimizer.weight_decay optimizer.clip parallel.data parallel.check_interval "
-        "checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval run.stop_after run.seed "
-        "faults.stall_seconds faults.long_seconds faults.grace_seconds faults.max_skips log.profile_start "
-        "cluster.gpus_per_node cluster.processes_per_node "
-        "cluster.max_lives"
+        "engine.gc_interval checkpoint.interval checkpoint.keep_last checkpoint.keep_every log.peak_tflops eval.interval "
+        "run.stop_after run.seed faults.stall_seconds faults.long_seconds faults.grace_seconds faults.max_skips "
+        "log.profile_start cluster.gpus_per_node cluster.processes_per_node cluster.max_lives"
     )
     shares = "optimizer.beta1 optimizer.beta2 schedule.warmup_fraction schedule.decay_fraction schedule.final_fraction"
 

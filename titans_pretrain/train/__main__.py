@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from titans_pretrain.config import load_config, reference_text
 from titans_pretrain.errors import UserError, exit_on_user_error
 from titans_pretrain.layout import choose_layout
+from titans_pretrain.train.garbage import no_collections
 from titans_pretrain.train.heartbeat import LostRank
 from titans_pretrain.train.lifecycle import Interruption, die_with_parent, finished
 
@@ -34,7 +35,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     path, overrides = parse(arguments)
     # Imported late: --help must not wait for torch, nor a misspelt key for DeepSpeed.
-    from titans_pretrain.train.environment import find_environment, join, leave
+    with no_collections():
+        from titans_pretrain.train.environment import find_environment, join, leave
 
     interruption = Interruption().listen()
     environment = find_environment()
@@ -52,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shared = False
         grid = join(environment, config.run.device)
         # After the device is chosen: DeepSpeed settles on its accelerator when it is imported.
-        from titans_pretrain.parallel.grid import AgreedError
-        from titans_pretrain.train.loop import train
+        with no_collections():
+            from titans_pretrain.parallel.grid import AgreedError
+            from titans_pretrain.train.loop import train
 
         try:
             train(config, grid, interruption)

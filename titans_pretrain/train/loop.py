@@ -33,6 +33,7 @@ from titans_pretrain.train.course import chart
 from titans_pretrain.train.drift import check_copies
 from titans_pretrain.train.engine import Engine, NotFiniteError
 from titans_pretrain.train.evaluate import Evaluation
+from titans_pretrain.train.garbage import Garbage
 from titans_pretrain.train.heartbeat import FAILED, Heartbeat
 from titans_pretrain.train.lifecycle import (
     DONE,
@@ -192,6 +193,7 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
     spikes = SpikeWatch(config.faults, grid.from_first(earlier_losses(run_dir, progress.step, window)))
     profiler = Profiler(config.log, run_dir, grid.rank, grid.device, report.say)
     first_step = agreed_at = progress.step
+    garbage = Garbage(config.engine.gc_interval)
     try:
         asked = int(grid.gather_numbers([interruption.reason(run_dir, grid.is_first)]).max())
         while progress.step < course.steps.num_steps and not asked:
@@ -320,6 +322,7 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
             # After a rewind too, or the next life would begin before the bad step.
             if stopping or every(config.checkpoint.interval, progress.step) or (bad and remedy == "rewind"):
                 saver.save(progress, course.identity(progress.position), evaluation.prefix, last=bool(stopping))
+            garbage.step(progress.step)
             if stopping:
                 break
         profiler.close()
@@ -343,6 +346,7 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
         report.note(f"stopped: {error}")
         raise
     finally:
+        garbage.close()
         loader.close()
         saver.close()
         report.close()

@@ -1,0 +1,73 @@
+"""Python collects garbage at the same step on every rank, and at no other time between."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.train.jobs import train_job
+from tests.train.tiny import tiny_tree
+from titans_pretrain.train.garbage import Garbage
+
+
+class Ring:
+    """An object that only a collection frees."""
+
+    def __init__(self) -> None:
+        self.myself = self
+
+
+def test_garbage_waits_for_its_step() -> None:
+    garbage = Garbage(3)
+    try:
+        assert not gc.isenabled()
+        ring = weakref.ref(Ring())
+        for step in (1, 2):
+            garbage.step(step)
+            assert ring() is not None
+        garbage.step(3)
+        assert ring() is None
+    finally:
+        garbage.close()
+    assert gc.isenabled()
+    assert not gc.get_freeze_count()
+
+
+def test_an_interval_of_0_leaves_python_alone() -> None:
+    garbage = Garbage(0)
+    ring = weakref.ref(Ring())
+    garbage.step(0)
+    assert gc.isenabled()
+    assert ring() is not None
+    garbage.close()
+    assert gc.isenabled()
+
+
+def collections_of(tree: dict[str, dict[str, Any]]) -> list[bool]:
+    """Train -> for each collection while Garbage rules, whether it was the one to make it."""
+    made: list[bool] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        if phase == "start" and gc.get_freeze_count():
+            frame, names = sys._getframe(), set()
+            while frame := frame.f_back:  # type: ignore[assignment]
+                names.add(frame.f_code.co_qualname)
+            made.append("Garbage.step" in names)
+
+    gc.callbacks.append(note)
+    gc.set_threshold(20)  # Python alone would collect many times a step
+    assert train_job(tree) is None
+    return made
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="qualified names of frames")
+def test_every_rank_collects_at_the_same_steps(dataset: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(dataset, tmp_path, engine__gc_interval=4, model__variant="transformer", run__stop_after=9)
+    for made in run_distributed(collections_of, 2, tree):
+        assert made == [True, True]
