@@ -7,6 +7,7 @@ and forks the ranks of every run. `fn` is a plain function of a test module; wha
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import importlib
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 _server: subprocess.Popen[bytes] | None = None
+_next_port = 97 * os.getpid() % 20000
 
 
 class RankFailed(AssertionError):
@@ -214,9 +216,14 @@ def _die_with_parent() -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """One that no test beside this one can be given before the ranks use it: not of those the system gives to who asks for
+    any, and from another place for every server."""
+    global _next_port
+    while True:
+        _next_port = 10000 + (_next_port + 1) % 20000
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", _next_port))
+            return _next_port
 
 
 if __name__ == "__main__":

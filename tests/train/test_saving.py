@@ -101,16 +101,28 @@ def train_with_a_disk_that_fails(tree: dict[str, Any], rank: int, first: int, af
     return train_job(tree)
 
 
+def forty_steps(dataset: Path, folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
+    settings = {"schedule__tokens": 40 * 2 * SEQ_LEN, "checkpoint__interval": 4, **overrides}
+    return tree_of(dataset, folder, name, **settings)
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses where the disk is large enough."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    tree = forty_steps(dataset, folder, "run", checkpoint__interval=0)
+    assert run_distributed(train_job, 2, tree) == [None, None]
+    return losses(folder / "run")
+
+
 @pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
 @pytest.mark.parametrize("on_full_disk", ["warn", "stop"])
-def test_a_disk_that_fills_up_during_a_save(on_full_disk: str, background: bool, dataset: Path, tmp_path: Path) -> None:
-    def tree(name: str, **overrides: Any) -> dict[str, Any]:
-        settings = {"schedule__tokens": 40 * 2 * SEQ_LEN, "checkpoint__interval": 4, **overrides}
-        return tree_of(dataset, tmp_path, name, **settings)
-
+def test_a_disk_that_fills_up_during_a_save(
+    on_full_disk: str, background: bool, unbroken: list[float], dataset: Path, tmp_path: Path
+) -> None:
     policy = {"checkpoint__on_full_disk": on_full_disk, "checkpoint__background": background}
-    assert run_distributed(train_job, 2, tree("unbroken", checkpoint__interval=0)) == [None, None]
-    outcome = run_distributed(train_with_a_disk_that_fails, 2, tree("run", **policy), 1, 9, 25)
+    tree = forty_steps(dataset, tmp_path, "run", **policy)
+    outcome = run_distributed(train_with_a_disk_that_fails, 2, tree, 1, 9, 25)
     log = (tmp_path / "run" / "log" / "rank_0.txt").read_text()
     if on_full_disk == "stop":
         assert outcome[0] == outcome[1]
@@ -119,13 +131,13 @@ def test_a_disk_that_fills_up_during_a_save(on_full_disk: str, background: bool,
         assert "earlier checkpoint" in outcome[0]
         assert find_checkpoints(tmp_path / "run")
         assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
-        assert run_distributed(train_job, 2, tree("run", **policy)) == [None, None]
+        assert run_distributed(train_job, 2, tree) == [None, None]
     else:
         assert outcome == [None, None]
         assert "warning: cannot save checkpoint" in log
         assert "checkpoint.on_full_disk=warn" in log
         assert find_checkpoints(tmp_path / "run")[0].name == "step_00000040"
-    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+    assert losses(tmp_path / "run") == unbroken
 
 
 def test_the_last_checkpoint_is_never_only_a_warning(dataset: Path, tmp_path: Path) -> None:

@@ -78,8 +78,17 @@ def _local(model: torch.nn.Module) -> list[torch.Tensor]:
     return [getattr(p, "ds_tensor", p).detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("stage", "compiled"), [(0, False), (1, False), (2, False), (3, False), (1, True)])
-@pytest.mark.parametrize("poison", ["weight", "gradient"])
+@pytest.mark.parametrize(
+    ("stage", "compiled", "poison"),
+    [
+        (0, False, "weight"),
+        (1, False, "gradient"),
+        (2, False, "weight"),
+        (3, False, "weight"),
+        (3, False, "gradient"),
+        (1, True, "gradient"),
+    ],
+)
 def test_step_is_refused_and_the_layer_named(
     stage: int, compiled: bool, poison: str, dataset: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ class Environment:
     address: str
     """Host of rank 0."""
     port: int
-    """Port rank 0 listens on."""
+    """Port rank 0 listens on; 0 for one process, which nobody looks for: whichever is free."""
     found: str
     """What started us: "torchrun", "srun" or "one process"."""
 
@@ -76,7 +75,7 @@ def find_environment(variables: Mapping[str, str] | None = None) -> Environment:
             else 20000 + (7 * _number(variables, "SLURM_JOB_ID") + _number(variables, "SLURM_STEP_ID")) % 20000,
             found="srun",
         )
-    return Environment(rank=0, local_rank=0, world_size=1, address="127.0.0.1", port=_free_port(), found="one process")
+    return Environment(rank=0, local_rank=0, world_size=1, address="127.0.0.1", port=0, found="one process")
 
 
 def join(environment: Environment, device_kind: str) -> Grid:
@@ -155,9 +154,3 @@ def _first_host(nodes: str) -> str:
         if match is None:
             raise UserError("SLURM_JOB_NODELIST is empty, so rank 0's host is unknown; set MASTER_ADDR") from None
         return match[1] + (match[2] or "") + (match[3] or "")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
