@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-layouts test-checkpoints test-cluster test-long lint format docs clean install
+.PHONY: help demo test test-layouts test-checkpoints test-cluster test-long tests lint style types format docs clean install
 
 help:
 	@echo "make demo [VARIANT=mag|mac|mal|lmm|transformer|sliding_window|gated_deltanet|gated_deltanet_swa|linear_attention|rmt]   train a small model on real text, export it, let it write"
@@ -30,10 +30,14 @@ demo:
 	@$(MAKE) --no-print-directory install
 	@bash launch/demo.sh "$(VARIANT)" "$(LAYOUT)"
 
-# Three at a time, of one thread each; those on SLURM, which mostly wait, follow each other on two clusters.
+# Three at a time, of one thread each; those on SLURM, which mostly wait, follow each other on two clusters. mypy, which takes
+# as long as a core of theirs for a minute, works beside them.
 # TESTS="tests/model -k mac" runs a part.
 TESTS ?=
-test: lint
+test: style
+	@$(MAKE) --no-print-directory -j2 types tests
+
+tests: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadgroup $(TESTS)
 
 # Every layout x ZeRO stage x variant, of which `make test` runs a part. Half an hour on 2 cores.
@@ -53,9 +57,13 @@ test-cluster: install
 test-long: install
 	OMP_NUM_THREADS=1 TITANS_LONG_DECODE=1 $(VENV)/bin/python -m pytest tests/inference/test_long.py -s --timeout=3600
 
-lint: install
+lint: style types
+
+style: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: install
 	$(VENV)/bin/mypy
 
 format: install

@@ -3,7 +3,9 @@
     python tools/compile_kernels.py --head-dim 64 --hidden 64 256 --chunk 64 --arch 90
 
 Registers and spilled bytes are the assembler's, a thread; shared memory is Triton's, a program. Nothing runs: a kernel that
-does not compile for the architecture, or wants more shared memory than it has, is an error. Needs the package triton.
+does not compile for the architecture, or wants more shared memory than it has, is an error. Where the GPU is there, what was
+compiled lies in Triton's cache for it: several of these at a time, one a shape, spare the first run minutes. Needs the package
+triton.
 """
 
 from __future__ import annotations
@@ -75,9 +77,8 @@ def compile_all(head_dim: int, hidden: int, chunk: int, arch: int, **changes: An
     """Every kernel that a forward and a backward at this shape launch, once each."""
     seen = set()
     for launch in record(head_dim, hidden, chunk, **changes):
-        name = launch.kernel.fn.__name__
-        if name not in seen:
-            seen.add(name)
+        if (variant := variant_of(launch, arch)) not in seen:
+            seen.add(variant)
             yield compile_one(launch, arch)
 
 
@@ -136,36 +137,52 @@ class _Recorder:
         return launch
 
 
-def compile_one(launch: Launch, arch: int) -> Usage:
-    """Compile a recorded launch with the constants, warps and argument types it came with."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def variant_of(launch: Launch, arch: int) -> str:
+    """What Triton tells by which kernels it has compiled already: the name, what it takes of the arguments for constants or for
+    multiples of 16, and the constants."""
+    _pretend_to_have(arch)
+    *_, binder = launch.kernel.device_caches[0]
+    _, specialization, options = binder(*launch.arguments, **launch.constants)
+    return f"{launch.kernel.fn.__name__} {specialization} {options}"
 
-    constants = dict(launch.constants)
-    options = {"num_warps": constants.pop("num_warps", 4)}
-    if "num_stages" in constants:
-        options["num_stages"] = constants.pop("num_stages")
-    names = launch.kernel.arg_names
-    signature = {name: _type(x) for name, x in zip(names, launch.arguments, strict=False)}
-    signature |= dict.fromkeys(constants, "constexpr")
-    # As at a launch: torch's allocations are aligned to 16 bytes.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(launch.arguments) if isinstance(x, torch.Tensor)}
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+def compile_one(launch: Launch, arch: int) -> Usage:
+    """Compile a recorded launch as making it would."""
+    import triton
+
+    _pretend_to_have(arch)
+    compiled = launch.kernel.run(*launch.arguments, **launch.constants, grid=(1,), warmup=True)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         dump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
         text = subprocess.run([dump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.findall(rf"{what}:(\d+)", text)[-1]) for what in ("REG", "STACK"))
-    return Usage(launch.kernel.fn.__name__, options["num_warps"], registers, stack, compiled.metadata.shared)
+    return Usage(launch.kernel.fn.__name__, compiled.metadata.num_warps, registers, stack, compiled.metadata.shared)
 
 
-def _type(x: Any) -> str:
-    if isinstance(x, torch.Tensor):
-        return {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[x.dtype]
-    return "fp32" if isinstance(x, float) else "i32"
+def _pretend_to_have(arch: int) -> None:
+    """For good: this process compiles, and runs nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    driver.set_active(_AbsentGPU(GPUTarget("cuda", arch, 32)))
+
+
+class _AbsentGPU:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 if __name__ == "__main__":

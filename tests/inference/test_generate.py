@@ -104,7 +104,7 @@ def test_state_bytes_counts_whole_storages_once() -> None:
     assert state_bytes((x, x.clone())) == 8000
 
 
-FAR = {variant: 4096 if variant == "lmm" else 1024 for variant in VARIANTS if variant != "transformer"}
+FAR = {variant: 4096 if variant == "lmm" else 512 for variant in VARIANTS if variant != "transformer"}
 
 
 @pytest.fixture(scope="module")

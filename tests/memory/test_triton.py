@@ -294,18 +294,38 @@ def test_long_sequences_fit(hidden: int) -> None:
     assert peaks[2] < 4 * peaks[0], "more than linear"
 
 
+def without_the_interpreter(*command: str) -> str:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+VARIANTS = """
+from tools.compile_kernels import record, variant_of
+for chunk in (16, 64, 256):
+    variants = set()
+    for length, heads in ((1, 1), (64, 1), (1000, 3), (1024, 16), (4096, 2)):
+        variants |= {variant_of(launch, 90) for launch in record(64, 256, chunk, length=length, heads=heads)}
+    names = {variant.split()[0] for variant in variants}
+    assert len(variants) == len(names) > 6, sorted(variants)
+"""
+
+
+def test_one_compiled_kernel_does_for_every_length_and_number_of_heads() -> None:
+    without_the_interpreter("-c", VARIANTS)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("shape", [("64", "128", "64")])
 def test_kernels_compile_for_a_gpu(shape: tuple[str, str, str]) -> None:
     """In a process of its own, without the interpreter. Most of a register's worth of care went into not spilling."""
     head_dim, hidden, chunk = shape
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "tools/compile_kernels.py", "--head-dim", head_dim, "--hidden", hidden, "--chunk", chunk]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    sizes = ("--head-dim", head_dim, "--hidden", hidden, "--chunk", chunk)
+    printed = without_the_interpreter("tools/compile_kernels.py", *sizes)
+    rows = [line.split() for line in printed.splitlines()[2:]]
     assert {"output_forward", "state_rebuild", "read_backward_2", "read_backward_1", "state_backward"} <= {
         r[0] for r in rows
     }
-    assert max(int(row[3]) for row in rows) < 1024, done.stdout
+    assert max(int(row[3]) for row in rows) < 1024, printed

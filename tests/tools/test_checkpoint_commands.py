@@ -44,7 +44,7 @@ def tree_of(data: Path, runs: Path, name: str, stage: int, **overrides: Any) -> 
     return tiny_tree(data, runs, **{**settings, **overrides})
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16"), (0, "fp32")])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "bf16"), (0, "fp32")])
 def test_reshaped_and_in_the_same_layout_again_is_bit_equal(
     stage: int, precision: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

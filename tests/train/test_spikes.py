@@ -73,7 +73,7 @@ def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return full_fp32_weights(folder / "checkpoints" / f"step_{step:08d}")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_skipped_step_changes_nothing(stage: int, dataset: Path, tmp_path: Path) -> None:
     common = dict(engine__zero_stage=stage, checkpoint__interval=1)
     trees = [
@@ -98,7 +98,7 @@ def test_a_skipped_step_changes_nothing(stage: int, dataset: Path, tmp_path: Pat
     assert fault["samples"] == {"first": 8 * (BAD - 1), "count": 8, "by_source": {"0": 8}}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_rewound_weights_are_the_checkpoints(stage: int, dataset: Path, tmp_path: Path) -> None:
     common = dict(engine__zero_stage=stage, faults__on_spike="rewind")
     trees = [
@@ -117,7 +117,7 @@ def test_rewound_weights_are_the_checkpoints(stage: int, dataset: Path, tmp_path
     assert "the weights are again those of step_00000010" in (tmp_path / "whole" / "log" / "rank_0.txt").read_text()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_what_is_not_finite_is_skipped_if_asked(stage: int, dataset: Path, tmp_path: Path) -> None:
     common = dict(engine__zero_stage=stage, checkpoint__interval=1)
     trees = [

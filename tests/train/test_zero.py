@@ -46,11 +46,12 @@ def test_all_stages_on_two_ranks_equal_one_process(variant: str, dataset: Path, 
         )
 
     assert run_distributed(train_job, 1, tree("alone", 0)) == [None]
-    stages = [tree(f"stage_{stage}", stage) for stage in range(4)]
-    assert run_distributed(train_job, 2, *stages, timeout=240) == [None, None]
+    stages = range(4) if variant in LEAN else (1, 3)
+    trees = [tree(f"stage_{stage}", stage) for stage in stages]
+    assert run_distributed(train_job, 2, *trees, timeout=240) == [None, None]
 
     expected = read_metrics(tmp_path / "alone")
-    for stage in range(4):
+    for stage in stages:
         rows = read_metrics(tmp_path / f"stage_{stage}")
         assert [row["step"] for row in rows] == [row["step"] for row in expected] == [0, *range(1, STEPS + 1), STEPS]
         for row, wanted in zip(rows, expected, strict=True):

@@ -19,7 +19,7 @@ from titans_pretrain.memory.triton.forward_kernels import (
     store_state,
 )
 from titans_pretrain.memory.triton.parts import (
-    LOOPS,
+    COUNTS,
     activate_with_curvature,
     activate_with_slope,
     at_slice,
@@ -37,7 +37,7 @@ from titans_pretrain.memory.triton.parts import (
 )
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def state_rebuild(
     k, rows, ends, base, starts, slope, checkpoints, initial, states,
     T, H, first_tile, tiles, all_tiles, chunks, once,
@@ -101,7 +101,7 @@ def hidden_offsets(entry, j, SLICES: tl.constexpr, TILE: tl.constexpr, SLICE: tl
     return (entry * SLICES + j) * (TILE * SLICE) + tl.arange(0, TILE)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def read_backward_2(
     q, k, v, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out_grad,
     anchor_normalized, pull, norm_rows, key_hidden, key_bend, key_curve, slope1, query_hidden, query_hidden_grad,
@@ -223,7 +223,7 @@ def read_backward_2(
     tl.store(row + 5 * TILE, d_f)
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def read_backward_1(
     q, k, log_gamma, log_eta, theta, rows, base, states, out_grad, slope1, query_hidden_grad,
     q_grad, k_part, slope1_part, update, reach_grad, rows_grad,
@@ -286,7 +286,7 @@ def read_backward_1(
     tl.store(row + TILE, d_f)
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def state_backward(
     k, rows, ends, base, gain, starts, states, slope, anchor_grad, anchor_normalized, pull, norm_rows,
     key_hidden, key_bend, key_curve, slope1, update, k_part, slope_part, hidden_part, slope1_part,
@@ -484,7 +484,7 @@ def state_backward(
         tl.store(end + 6, d_m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def chunk_backward(
     ends, running, update, H, first_tile, tiles, end_tile, rounds, all_tiles,
     SIZE: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from titans_pretrain.memory.triton.parts import (
-    LOOPS,
+    COUNTS,
     activate,
     activate_with_slope,
     at_slice,
@@ -126,7 +126,7 @@ def kept_share(
     return keep
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def state_forward(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
@@ -200,7 +200,7 @@ def state_forward(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def state_forward_resident(
     k, v, rows, ends, base, gain, bias, starts,
     running, states, slope, checkpoints, anchor, surprise,
@@ -263,7 +263,7 @@ def state_forward_resident(
     store_state(run, w1, w2, s1, s2, D, SLICE, tl.float32)
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def delta_forward(
     k, v, rows, base, gain, bias, running, states, slope, surprise,
     T, H, eps, first_tile, tiles, begin_tile, all_tiles, slices, once,
@@ -309,7 +309,7 @@ def delta_forward(
         tl.store(to + 3 * SIZE + o2, narrow(dot(x_t, narrow(r2 * d2, OPERAND), once), OPERAND))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def chunk_forward(
     ends, starts, running, states, checkpoints, anchor,
     H, first_tile, tiles, begin_tile, rounds, all_tiles, chunks, anchor_tile,
@@ -346,7 +346,7 @@ def chunk_forward(
     tl.store(run + 2 * SIZE, s)
 
 
-@triton.jit(do_not_specialize=LOOPS)
+@triton.jit(do_not_specialize=COUNTS)
 def output_forward(
     q, k, log_gamma, log_eta, theta, rows, base, gain, bias, states, slope, out,
     T, H, eps, first_tile, tiles, all_tiles, slices, once,

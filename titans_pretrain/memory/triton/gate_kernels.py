@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from titans_pretrain.memory.triton.parts import (
+    COUNTS,
     MIN_LOG_GATE,
     dot,
     gate_offsets,
@@ -17,7 +18,7 @@ from titans_pretrain.memory.triton.parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_rows(
     log_gamma, log_eta, theta, rows, ends,
     T, H, tiles,
@@ -45,7 +46,7 @@ def gate_rows(
     tl.store(ends + at * 4 + 2, tl.sum(tl.where(last, m, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gates_backward(
     log_gamma, log_eta, theta, reach_grad, rows_grad, ends_grad,
     log_gamma_grad, log_eta_grad, theta_grad,

@@ -13,9 +13,14 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
-LOOPS = ["slices", "once"]
-"""Trip counts that the compiler must not take for constants when they are 1, as it would: loops keep values that are needed
-at different times from being alive at one time, and see `dot`."""
+COUNTS = [
+    *("T", "H", "first_tile", "last_tile", "begin_tile", "end_tile", "anchor_tile"),
+    *("tiles", "all_tiles", "chunks", "rounds", "slices", "once"),
+]
+"""Arguments that the compiler must not know more of than that they are integers. Else it would compile all kernels anew for a
+sequence of one tile, or of a multiple of 16 of them, and gain nothing: what is a multiple of what comes from the constants.
+And of trip counts that are 1 (`slices`, `once`) it would make no loops, but loops keep values that are needed at different
+times from being alive at one time, and see `dot`."""
 
 MIN_LOG_GATE = tl.constexpr(-100.0)
 """As in memory/gates.py."""
