@@ -126,7 +126,7 @@ def _import_what_is_slow() -> None:
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     world_size = job["world_size"]
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         pids, pipes = [], []
         for rank in range(world_size):
             reader, writer = os.pipe()
@@ -215,7 +215,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One that no test beside this one can be given before the ranks use it: not of those the system gives to who asks for
     any, and from another place for every server."""
     global _next_port

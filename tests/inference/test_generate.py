@@ -20,6 +20,9 @@ from titans_pretrain.inference.sampling import SamplingOptions
 from titans_pretrain.model import Titans
 from titans_pretrain.model.titans import state_bytes
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("generate")
+
 GREEDY = SamplingOptions(temperature=0)
 
 

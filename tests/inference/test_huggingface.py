@@ -26,6 +26,9 @@ from titans_pretrain.inference.huggingface.flatten import modelling_files
 from titans_pretrain.train.checkpoint import find_checkpoints, read_manifest
 from titans_pretrain.train.saved_state import StoredWeights
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("huggingface")
+
 STAGES = {
     **{"mac": 1, "mag": 2, "mal": 3, "lmm": 1, "transformer": 0, "sliding_window": 3},
     **{"gated_deltanet": 2, "gated_deltanet_swa": 1, "linear_attention": 3, "rmt": 2},

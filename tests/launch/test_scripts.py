@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import yaml
 
 from launch.submit import main, with_absolute_paths
 from launch.sweep import main as sweep
+from tests.distributed import free_port
 from tests.launch.slurm import ROOT, write_config
 from tests.train.tiny import SEQ_LEN, read_metrics, tiny_tree
 from titans_pretrain.config import config_from_dict
@@ -40,9 +40,7 @@ def test_local(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_two_machines_by_hand(dataset: Path, tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = ["bash", str(ROOT / "launch" / "torchrun.sh"), str(config_of(dataset, tmp_path))]
     settings = environment(NNODES="2", HEAD=f"127.0.0.1:{port}", NPROC="1")
     machines = [

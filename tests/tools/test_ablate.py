@@ -15,6 +15,9 @@ from tests.train.tiny import make_dataset, read_metrics, tiny_tree
 from tools.ablate import main, read
 from tools.ablation_results import Outcome, State, markdown, plot, spread
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("ablate")
+
 EXPLODING = {"model.memory_residual_norm": False, "model.memory_theta_max": 1.0e6, "model.memory_theta_scaling": "none"}
 
 

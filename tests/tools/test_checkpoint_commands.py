@@ -20,6 +20,9 @@ from tests.train.tiny import SEQ_LEN, losses, make_dataset, tiny_tree
 from titans_pretrain.train.checkpoint import full_fp32_weights
 from tools.convert_checkpoint import main
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("checkpoint_commands")
+
 TOKENS = 6 * 4 * SEQ_LEN
 
 

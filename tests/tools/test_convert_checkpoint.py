@@ -27,6 +27,9 @@ from titans_pretrain.inference.huggingface.flatten import modelling_files
 from titans_pretrain.inference.verify import compare, verify_export
 from tools.convert_checkpoint import main
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("convert_checkpoint")
+
 STEPS = 6
 # One run per way in which DeepSpeed keeps the weights: name -> (processes, overrides).
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -26,6 +26,9 @@ from tools.convert_checkpoint import main as convert
 from tools.evaluate import expand, main
 from tools.load_model import load_model
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("evaluate")
+
 SEQ_LEN = 32
 
 

@@ -18,6 +18,9 @@ from tests.inference.tiny import prose, random_ids, tiny_export
 from titans_pretrain.inference.export import load_export
 from tools.surprise_map import Observation, main, observe_text, packed
 
+# On one worker of pytest-xdist, so that what they share is trained once.
+pytestmark = pytest.mark.xdist_group("surprise_map")
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "café 日本 </script><b>bold</b> & \t\"quoted\" 'ends' <!-- \\u003c"
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.distributed import free_port
 from tests.train.tiny import SEQ_LEN, read_metrics, tiny_tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,10 +39,7 @@ class Job:
         tree = tiny_tree(dataset, folder, **{**settings, **overrides})
         self.run = folder / "run"
         (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
         command += [*program, str(folder / "config.yaml")]
         environment = {
             "PYTHONPATH": str(ROOT),

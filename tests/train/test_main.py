@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed import run_distributed
+from tests.distributed import free_port, run_distributed
 from tests.train.jobs import train_job
 from tests.train.tiny import SEQ_LEN, losses, make_dataset, tiny_tree
 from titans_pretrain.config import iterate_reference
@@ -51,10 +50,8 @@ def test_torchrun_trains_and_refuses(dataset: Path, tmp_path: Path) -> None:
         dataset, tmp_path, model__variant="transformer", schedule__tokens=5 * 8 * SEQ_LEN, eval__tokens=SEQ_LEN
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    torchrun = [*launcher, f"--master-port={free_port()}", "-m"]
     command = [*torchrun, "titans_pretrain.train", str(tmp_path / "config.yaml")]
     ended = start(command)
     assert ended.returncode == 0, ended.stderr
