@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from titans_pretrain.config import RECURRENT_VARIANTS, VARIANTS, Config, load_config
 from titans_pretrain.layout import choose_layout
 from titans_pretrain.model.cost import parameter_counts
+from titans_pretrain.model.neural_memory import describe_path
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -145,3 +147,17 @@ def test_file_says_nothing_twice(name: str) -> None:
         for key, value in values.items():
             default = getattr(getattr(Config(), section), key)
             assert key in shape or value != default, f"{name}: {section}.{key} repeats the default {default!r}"
+
+
+def test_presets_say_whether_the_kernels_take_their_memory() -> None:
+    """And where they do not, how they would."""
+    pytest.importorskip("triton")
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    for size in ("170m", "340m", "760m"):
+        assert describe_path(load(f"mag_{size}.yaml").model, gpu, bf16) == "triton"
+    large = load("mag_1.3b.yaml").model
+    told = describe_path(large, gpu, bf16)
+    assert told.endswith("not 256; model.memory_heads=16, heads of 128, would be taken, in a new run")
+    assert describe_path(dataclasses.replace(large, memory_heads=16), gpu, bf16) == "triton"
+    assert "model.memory_heads" not in describe_path(load("ttt_linear_170m.yaml").model, gpu, bf16)
+    assert describe_path(large, torch.device("cpu"), bf16) == "closed_form"

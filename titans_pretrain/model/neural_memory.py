@@ -39,11 +39,21 @@ def memory_options(config: ModelConfig) -> MemoryOptions:
 def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool = False) -> str:
     """By which implementation the memory of a model trains on `device` with activations in `dtype`, in words. `documents`:
     several in a row."""
-    depth, head_dim, hidden = config.memory_depth, config.memory_head_dim, config.memory_shapes[0][1]
     # MAC begins a document between two scans.
     inside = documents and config.variant != "mac"
     resets = (config.num_persistent > 0, config.memory_forgetting) if inside else None
-    return expected_path(device, dtype, depth, head_dim, hidden, memory_options(config), resets)
+
+    def path(heads: int) -> str:
+        width = config.dim // heads
+        hidden = int(config.memory_expansion * width)
+        return expected_path(device, dtype, config.memory_depth, width, hidden, memory_options(config), resets)
+
+    said = path(config.resolved_memory_heads)
+    more = range(config.resolved_memory_heads + 1, config.dim // 16 + 1)
+    better = next((heads for heads in more if config.dim % heads == 0 and path(heads) == "triton"), None)
+    if said not in ("triton", "closed_form") and better:
+        said += f"; model.memory_heads={better}, heads of {config.dim // better}, would be taken, in a new run"
+    return said
 
 
 class MemoryLayerState(NamedTuple):
