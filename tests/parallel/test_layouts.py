@@ -1,7 +1,8 @@
 """The table: every layout x ZeRO stage x variant trains as one process does.
 
-Loss, gradient norm and every gradient, gathered, over five optimizer steps, to 1e-5 in fp32. `make test` runs a part of the
-table that has every layout, strategy, stage and variant in it; `make test-layouts` runs all of it.
+Loss, gradient norm and every gradient, gathered, over five optimizer steps, to 1e-5 in fp32 (the gated delta rule in two layers
+to 4e-5). `make test` runs a part of the table that has every layout, strategy, stage and variant in it; `make test-layouts` runs
+all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from titans_pretrain.errors import UserError
 from titans_pretrain.layout import choose_layout
 
 WHOLE_TABLE = bool(os.environ.get("TITANS_WHOLE_TABLE"))
-TOLERANCE = 1e-5
+TOLERANCE, RECURRENT_TOLERANCE = 1e-5, 4e-5
+"""The second is the gated delta rule's in two layers, which enlarges rounding: one process differs from itself by 0.9e-5 where
+its batch is cut into micro-batches, the Titans by 0.2e-5."""
 GATHERED = range(STEPS) if WHOLE_TABLE else (0, STEPS - 1)
 """Steps after which gradients are compared: gathering them takes as long as making them."""
 
@@ -121,8 +124,9 @@ def test_every_layout_trains_as_one_process(variant: str, size: int) -> None:
         differences = compare(outcome, alone(variant, sections["model"]["memory_chunk"]))
         for what, difference in differences.items():
             worst[(*row, what)] = difference
+    tolerance = RECURRENT_TOLERANCE if WHOLE_TABLE and variant.startswith("gated_deltanet") else TOLERANCE
     print({key: f"{value:.1e}" for key, value in worst.items() if value > TOLERANCE / 10})
-    assert {key: value for key, value in worst.items() if not value < TOLERANCE} == {}
+    assert {key: value for key, value in worst.items() if not value < tolerance} == {}
 
 
 def compare(outcome: Outcome, expected: Outcome) -> dict[str, float]:
