@@ -40,7 +40,7 @@ test: style
 tests: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadgroup $(TESTS)
 
-# Every layout x ZeRO stage x variant, of which `make test` runs a part. Half an hour on 2 cores.
+# Every layout x ZeRO stage x variant, of which `make test` runs a part. Ten minutes on 2 cores.
 test-layouts: install
 	OMP_NUM_THREADS=1 TITANS_WHOLE_TABLE=1 $(VENV)/bin/python -m pytest tests/parallel/test_layouts.py --timeout=3600
 

@@ -1,8 +1,8 @@
 """The table: every layout x ZeRO stage x variant trains as one process does.
 
 Loss, gradient norm and every gradient, gathered, over five optimizer steps, to 1e-5 in fp32 (the gated delta rule in two layers
-to 4e-5). `make test` runs a part of the table that has every layout, strategy, stage and variant in it; `make test-layouts` runs
-all of it.
+to 4e-5). `make test` runs a part of the table that has every layout, strategy, stage and variant in it; `make test-layouts`
+runs all of it.
 """
 
 from __future__ import annotations
