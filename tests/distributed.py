@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import importlib
+import itertools
 import os
 import pickle
 import select
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 _server: subprocess.Popen[bytes] | None = None
-_next_port = 97 * os.getpid() % 20000
+_ports = itertools.count(97 * os.getpid())
 
 
 class RankFailed(AssertionError):
@@ -218,12 +219,11 @@ def _die_with_parent() -> None:
 def free_port() -> int:
     """One that no test beside this one can be given before the ranks use it: not of those the system gives to who asks for
     any, and from another place for every server."""
-    global _next_port
     while True:
-        _next_port = 10000 + (_next_port + 1) % 20000
+        port = 10000 + next(_ports) % 20000
         with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", _next_port))
-            return _next_port
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

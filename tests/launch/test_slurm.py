@@ -314,7 +314,7 @@ def test_preflight_finds_a_bad_node_and_the_job_goes_on_without_it(
             assert f"BAD {host} run folder {job.run} is not there" in job.log()
         else:
             for line in FAULTS[fault]:
-                assert re.search(line.format(host=host), job.log()), job.log()[-5000:]
+                assert re.search("error: " + line.format(host=host), job.log()), job.log()[-5000:]
             assert json.loads((job.run / "preflight.json").read_text())["bad_hosts"] in ([host], [])
         job.wait("DONE", lambda: (job.run / "DONE").exists(), 120)
         hosts = {json.loads(path.read_text())["host"] for path in (job.run / "heartbeat").iterdir()}

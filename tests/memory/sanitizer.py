@@ -50,12 +50,8 @@ class Shadow:
 class Watch:
     """The launch that runs now."""
 
-    def __init__(self) -> None:
-        self.kernels: set[str] = set()
-
     def launch(self, kernel: str, tensors: list[torch.Tensor]) -> None:
         self.kernel = kernel
-        self.kernels.add(kernel)
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
         self.shadows = [Shadow(x) for x in storages.values()]
         self.program, self.stretch = -1, 0
@@ -110,7 +106,7 @@ class Watch:
 
 
 @contextmanager
-def watch_kernels(*, without_barriers: str = "") -> Iterator[Watch]:
+def watch_kernels(*, without_barriers: str = "") -> Iterator[None]:
     """Watch every launch within; raise a hazard where it happens. Barriers of the kernel `without_barriers` are not seen."""
     watch = Watch()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -141,10 +137,9 @@ def watch_kernels(*, without_barriers: str = "") -> Iterator[Watch]:
         try:
             return run(self, *arguments, **named)
         except interpreter.InterpreterError as error:
+            # One more is around it for every function of the kernel it was in.
             cause: BaseException | None = error
-            while cause and not isinstance(
-                cause, Hazard
-            ):  # one more around it for every function of the kernel it was in
+            while cause and not isinstance(cause, Hazard):
                 cause = cause.__cause__
             raise cause or error from None
 
@@ -155,4 +150,4 @@ def watch_kernels(*, without_barriers: str = "") -> Iterator[Watch]:
         patch.object(builder, "set_grid_idx", watched_program),
         patch.object(executor, "__call__", watched_run),
     ):
-        yield watch
+        yield

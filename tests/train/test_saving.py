@@ -101,16 +101,16 @@ def train_with_a_disk_that_fails(tree: dict[str, Any], rank: int, first: int, af
     return train_job(tree)
 
 
-def forty_steps(dataset: Path, folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
+def forty_steps(dataset: Path, folder: Path, **overrides: Any) -> dict[str, Any]:
     settings = {"schedule__tokens": 40 * 2 * SEQ_LEN, "checkpoint__interval": 4, **overrides}
-    return tree_of(dataset, folder, name, **settings)
+    return tree_of(dataset, folder, "run", **settings)
 
 
 @pytest.fixture(scope="module")
 def unbroken(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses where the disk is large enough."""
     folder = tmp_path_factory.mktemp("unbroken")
-    tree = forty_steps(dataset, folder, "run", checkpoint__interval=0)
+    tree = forty_steps(dataset, folder, checkpoint__interval=0)
     assert run_distributed(train_job, 2, tree) == [None, None]
     return losses(folder / "run")
 
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_during_a_save(
     on_full_disk: str, background: bool, unbroken: list[float], dataset: Path, tmp_path: Path
 ) -> None:
     policy = {"checkpoint__on_full_disk": on_full_disk, "checkpoint__background": background}
-    tree = forty_steps(dataset, tmp_path, "run", **policy)
+    tree = forty_steps(dataset, tmp_path, **policy)
     outcome = run_distributed(train_with_a_disk_that_fails, 2, tree, 1, 9, 25)
     log = (tmp_path / "run" / "log" / "rank_0.txt").read_text()
     if on_full_disk == "stop":

@@ -5,6 +5,7 @@ Shapes: b batch, t time, c channels, h memory heads, d memory head_dim, l weight
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -44,15 +45,16 @@ def describe_path(config: ModelConfig, device: torch.device, dtype: torch.dtype,
     resets = (config.num_persistent > 0, config.memory_forgetting) if inside else None
 
     def path(heads: int) -> str:
-        width = config.dim // heads
-        hidden = int(config.memory_expansion * width)
-        return expected_path(device, dtype, config.memory_depth, width, hidden, memory_options(config), resets)
+        model = dataclasses.replace(config, memory_heads=heads)
+        shape = model.memory_depth, model.memory_head_dim, model.memory_shapes[0][1]
+        return expected_path(device, dtype, *shape, memory_options(model), resets)
 
-    said = path(config.resolved_memory_heads)
-    more = range(config.resolved_memory_heads + 1, config.dim // 16 + 1)
-    better = next((heads for heads in more if config.dim % heads == 0 and path(heads) == "triton"), None)
-    if said not in ("triton", "closed_form") and better:
-        said += f"; model.memory_heads={better}, heads of {config.dim // better}, would be taken, in a new run"
+    said = path(config.memory_heads)
+    if said in ("triton", "closed_form"):
+        return said
+    for heads in range(config.resolved_memory_heads + 1, config.dim // 16 + 1):
+        if config.dim % heads == 0 and path(heads) == "triton":
+            return f"{said}; model.memory_heads={heads}, heads of {config.dim // heads}, would be taken, in a new run"
     return said
 
 

@@ -10,6 +10,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from titans_pretrain.train.schedule import every
+
 
 class Garbage:
     """Python's collector, from here to `close` in this one's hands: a collection every `interval` steps, none between.
@@ -24,12 +26,10 @@ class Garbage:
             gc.collect()
             gc.freeze()
             gc.disable()
-        else:
-            gc.enable()
 
     def step(self, step: int) -> None:
         """After optimizer step `step`."""
-        if self._interval and step % self._interval == 0:
+        if every(self._interval, step):
             gc.collect()
 
     def close(self) -> None:

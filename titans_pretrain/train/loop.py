@@ -53,7 +53,7 @@ from titans_pretrain.train.masking import MaskedRows
 from titans_pretrain.train.profiling import Profiler
 from titans_pretrain.train.report import Reporter, code_text, memory_in_use
 from titans_pretrain.train.saving import SaveFailed, Saver
-from titans_pretrain.train.schedule import learning_rate
+from titans_pretrain.train.schedule import every, learning_rate
 from titans_pretrain.train.spikes import SpikeWatch, earlier_losses, samples_text
 from titans_pretrain.train.starting_weights import check_starting_weights, starting_weights
 from titans_pretrain.train.stragglers import slowest
@@ -351,11 +351,6 @@ def _train(config: Config, grid: Grid, interruption: Interruption, heart: Heartb
         saver.close()
         report.close()
     return progress
-
-
-def every(interval: int, step: int) -> bool:
-    """Whether `step` is one of those `interval` asks for; 0 asks for none."""
-    return interval > 0 and step % interval == 0
 
 
 def open_sources(config: Config) -> Sources:

@@ -1,4 +1,5 @@
-"""What is the learning rate after so many tokens: a pure function, so that resuming needs no scheduler state."""
+"""What is due when: the learning rate after so many tokens, and what comes every so many steps. Pure functions, so that
+resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -16,6 +17,11 @@ def learning_rate(tokens: int, schedule: ScheduleConfig, optimizer: OptimizerCon
     """
     done = min(tokens / schedule.tokens, 1.0)
     return optimizer.learning_rate * _fraction_of_peak(done, schedule)
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether `step` is one of those `interval` asks for; 0 asks for none."""
+    return interval > 0 and step % interval == 0
 
 
 def _fraction_of_peak(done: float, schedule: ScheduleConfig) -> float:
